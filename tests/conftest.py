@@ -1,0 +1,57 @@
+"""What holds for every test: no network, no user caches, one thread a worker, shapes of graftlm.measure enforced.
+
+Set up on import and in `pytest_configure`, not in fixtures, so that the doctests under src/ get it too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+
+import pytest
+from jaxtyping import install_import_hook
+
+_HF_HOME = tempfile.mkdtemp(prefix="graftlm-tests-hf-")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HOME": _HF_HOME,
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),  # CPU unless the caller names a device
+}
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses of a test inherit it
+
+# Before anything imports graftlm.measure: wrong shapes raise while the tests run.
+install_import_hook("graftlm.measure", "beartype.beartype")
+
+_LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+class NetworkBlocked(RuntimeError):
+    """A test tried to reach something other than this machine."""
+
+
+def _refuse_beyond_loopback(method):
+    def guarded(self, address, *args):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(_LOOPBACK):
+            raise NetworkBlocked(f"tests have no network, and this one connects to {address[0]}:{address[1]}")
+        return method(self, address, *args)
+
+    return guarded
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    patch = pytest.MonkeyPatch()
+    for name in ("connect", "connect_ex"):
+        patch.setattr(socket.socket, name, _refuse_beyond_loopback(getattr(socket.socket, name)))
+    config.add_cleanup(patch.undo)
+    config.add_cleanup(lambda: shutil.rmtree(_HF_HOME, ignore_errors=True))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
