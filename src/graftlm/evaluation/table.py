@@ -1,0 +1,180 @@
+"""Scores as text: numbers formatted once for the terminal, the model card and the report; names of languages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graftlm.evaluation.metrics import METRICS, Metric
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graftlm.evaluation.result import Interval, Result
+
+MISSING = "–"
+MINUS = "−"
+
+# ISO 639-3 and 639-1 codes of the languages that recipes name most; another tag is shown as it is
+_NAMES = {
+    "English": "eng en",
+    "German": "deu de",
+    "French": "fra fr",
+    "Spanish": "spa es",
+    "Portuguese": "por pt",
+    "Czech": "ces cs",
+    "Danish": "dan da",
+    "Norwegian": "nob nor nb no",
+    "Swedish": "swe sv",
+    "Finnish": "fin fi",
+    "Icelandic": "isl is",
+    "Dutch": "nld nl",
+    "Italian": "ita it",
+    "Polish": "pol pl",
+    "Russian": "rus ru",
+    "Ukrainian": "ukr uk",
+    "Bulgarian": "bul bg",
+    "Greek": "ell el",
+    "Romanian": "ron ro",
+    "Hungarian": "hun hu",
+    "Turkish": "tur tr",
+    "Arabic": "ara arb ar",
+    "Hebrew": "heb he",
+    "Persian": "fas pes fa",
+    "Hindi": "hin hi",
+    "Bengali": "ben bn",
+    "Urdu": "urd ur",
+    "Tamil": "tam ta",
+    "Thai": "tha th",
+    "Vietnamese": "vie vi",
+    "Indonesian": "ind id",
+    "Swahili": "swh swa sw",
+    "Hausa": "hau ha",
+    "Yoruba": "yor yo",
+    "Igbo": "ibo ig",
+    "Amharic": "amh am",
+    "Estonian": "est et",
+    "Basque": "eus eu",
+    "Chinese": "zho cmn zh",
+    "Japanese": "jpn ja",
+    "Korean": "kor ko",
+    "Quechua": "quy que qu",
+}
+_BY_CODE = {code: name for name, codes in _NAMES.items() for code in codes.split()}
+
+
+def language_name(tag: str) -> str:
+    """English name of a language tag; a script or region is ignored, an unknown tag stays.
+
+    >>> language_name("deu_Latn"), language_name("pt-BR"), language_name("zul")
+    ('German', 'Portuguese', 'zul')
+    """
+    return _BY_CODE.get(tag.replace("_", "-").partition("-")[0].lower(), tag)
+
+
+def metric_of(name: str) -> Metric:
+    """What is known of a metric; one that a plug-in made up is shown as a plain number under its own name."""
+    return METRICS.get(name, Metric(name, name, percent=False))
+
+
+def number(value: float | None, metric: Metric, *, signed: bool = False) -> str:
+    """A score as it is printed: percent with one decimal, or three decimals; a real minus sign.
+
+    >>> number(0.6149, metric_of("accuracy")), number(-0.0123, metric_of("accuracy"), signed=True), number(None, metric_of("accuracy"))
+    ('61.5', '−1.2', '–')
+    """
+    if value is None:
+        return MISSING
+    text = f"{100 * value:+.1f}" if metric.percent else f"{value:+.3f}"
+    if float(text) == 0:
+        text = text.lstrip("+-") if not signed else "±" + text[1:]
+    return (text if signed else text.removeprefix("+")).replace("-", MINUS)
+
+
+def interval_text(interval: Interval | None, metric: Metric, *, signed: bool = False) -> str:
+    """Value and interval: ``61.5 [52.0, 70.1]``.
+
+    >>> from graftlm.evaluation.result import Interval
+    >>> interval_text(Interval(value=0.615, low=0.52, high=0.701), metric_of("accuracy"))
+    '61.5 [52.0, 70.1]'
+    """
+    if interval is None:
+        return MISSING
+    text = number(interval.value, metric, signed=signed)
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} [{number(interval.low, metric, signed=signed)}, {number(interval.high, metric, signed=signed)}]"
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Columns and rows of text; the first column is a name, the others are numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+    @classmethod
+    def of(cls, result: Result) -> ScoreTable:
+        """The scores of a result, source language first; columns without any value are left out."""
+        metric = metric_of(result.metric)
+        others = [name for name in dict.fromkeys(name for score in result.scores for name in score.metrics) if name != result.metric]
+        columns = ["language", "items", metric.title, *(metric_of(name).title for name in others), "majority", "standard", "gain"]
+        splits = {score.split for score in result.scores}
+        rows = []
+        for score in result.ordered:
+            name = language_name(score.language)
+            name += f" ({score.split})" if len(splits) > 1 else ""
+            name += ", source" if score.is_source else ""
+            extra = (interval_text(score.metrics.get(name), metric_of(name)) for name in others)
+            rows.append(
+                (
+                    name,
+                    str(score.n),
+                    interval_text(result.primary(score), metric),
+                    *extra,
+                    number(score.majority, metric),
+                    interval_text(score.standard, metric),
+                    interval_text(score.gain, metric, signed=True),
+                )
+            )
+        kept = [i for i in range(len(columns)) if i < 3 or any(row[i] != MISSING for row in rows)]
+        unit = "Percent; " if metric.percent else ""
+        caption = f"{unit}95 % bootstrap interval over items in brackets. The gain is paired with standard training on the same items."
+        if not any(score.gain for score in result.scores):
+            caption = f"{unit}95 % bootstrap interval over items in brackets."
+        return cls(tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
+
+    def markdown(self) -> str:
+        """A GitHub-flavoured table; ``|`` and markup in names are escaped."""
+        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
+        body = ["| " + " | ".join(cell if number == 1 else markdown_text(cell) for cell in line) + " |" for number, line in enumerate(lines)]
+        return "\n".join(body)
+
+    def rich(self) -> Table:
+        """The table for a terminal."""
+        from rich.table import Table  # a script that only reads results need not load it
+        from rich.text import Text
+
+        table = Table(caption=self.caption, caption_justify="left")
+        for position, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if position else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.rich()
+
+    def __str__(self) -> str:
+        return f"{self.markdown()}\n\n{self.caption}"
+
+
+def markdown_text(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line.
+
+    >>> markdown_text("a|b <script>")
+    'a\\\\|b &lt;script&gt;'
+    """
+    shown = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in shown)
