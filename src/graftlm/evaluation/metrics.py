@@ -100,7 +100,9 @@ def statistics(task: str, labels: Sequence, predictions: Sequence) -> dict[str, 
     """
     names = metrics_for(task, labels)
     if len(labels) != len(predictions):
-        raise DataError("labels and predictions differ in number", found=f"{len(labels)} labels, {len(predictions)} predictions")
+        raise DataError(
+            "labels and predictions differ in number", found=f"{len(labels)} labels, {len(predictions)} predictions"
+        )
     if len(labels) == 0:
         raise DataError("there is nothing to score", found="0 items")
     make = {
@@ -205,7 +207,10 @@ def _classification(labels: Sequence, predictions: Sequence) -> dict[str, Statis
 def _multi_label(labels: Sequence, predictions: Sequence) -> dict[str, Statistic]:
     gold, guessed = np.asarray(labels, dtype=float), np.asarray(predictions, dtype=float)
     if gold.ndim != 2 or gold.shape != guessed.shape or not np.isin([*gold.flat, *guessed.flat], (0, 1)).all():
-        raise DataError("multi-label needs 0 and 1 of shape (items, classes) on both sides", found=f"{gold.shape} and {guessed.shape}")
+        raise DataError(
+            "multi-label needs 0 and 1 of shape (items, classes) on both sides",
+            found=f"{gold.shape} and {guessed.shape}",
+        )
     hit = gold * guessed
     return {"micro_f1": _f1(hit, guessed, gold, macro=False), "macro_f1": _f1(hit, guessed, gold, macro=True)}
 
@@ -255,7 +260,10 @@ def _ranks(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _token_classification(labels: Sequence[Sequence], predictions: Sequence[Sequence]) -> dict[str, Statistic]:
     for number, (gold, guess) in enumerate(zip(labels, predictions, strict=True)):
         if len(gold) != len(guess):
-            raise DataError("an item has other numbers of tags in labels and predictions", found=f"item {number}: {len(gold)} and {len(guess)}")
+            raise DataError(
+                "an item has other numbers of tags in labels and predictions",
+                found=f"item {number}: {len(gold)} and {len(guess)}",
+            )
     classes = _classes(chain.from_iterable(labels), chain.from_iterable(predictions))
     pairs = [list(zip(gold, guess, strict=True)) for gold, guess in zip(labels, predictions, strict=True)]
     lengths = np.array([len(pair) for pair in pairs], dtype=float)
@@ -302,7 +310,10 @@ def _question_answering(labels: Sequence[str | Sequence[str]], predictions: Sequ
     golds = [[label] if isinstance(label, str) else list(label) or [""] for label in labels]
     best = np.array(
         [
-            [max(answer_f1(gold, guess) for gold in accepted), max(normalise(gold) == normalise(guess) for gold in accepted)]
+            [
+                max(answer_f1(gold, guess) for gold in accepted),
+                max(normalise(gold) == normalise(guess) for gold in accepted),
+            ]
             for accepted, guess in zip(golds, predictions, strict=True)
         ],
         dtype=float,

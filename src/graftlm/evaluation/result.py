@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -46,10 +48,15 @@ class Score(_Record):
     n: int = Field(ge=0, description="number of items")
     is_source: bool = Field(description="whether the training labels were in this language")
     metrics: dict[str, Interval] = Field(description="metric → value with interval; all metrics of the task")
-    majority: Number = Field(None, description="primary metric of always answering the most frequent training label; null: no such answer")
-    standard: Interval | None = Field(None, description="primary metric of the same recipe with everything trained from the first step; null: not run")
+    majority: Number = Field(
+        None, description="primary metric of always answering the most frequent training label; null: no such answer"
+    )
+    standard: Interval | None = Field(
+        None, description="primary metric of the same recipe with everything trained from the first step; null: not run"
+    )
     gain: Interval | None = Field(
-        None, description="primary metric minus `standard`, positive is better; paired bootstrap over the same items; null: not run"
+        None,
+        description="primary metric minus `standard`, positive is better; paired bootstrap over the same items; null: not run",
     )
 
 
@@ -62,7 +69,9 @@ class Cost(_Record):
     steps: int = Field(ge=0, description="optimizer steps")
     trainable_parameters: int = Field(ge=0, description="parameters that train at some step, head included")
     total_parameters: int = Field(ge=0, description="all parameters, trainable ones included")
-    peak_memory_bytes: int | None = Field(None, ge=0, description="most memory held: of the accelerator where there is one, else of the process")
+    peak_memory_bytes: int | None = Field(
+        None, ge=0, description="most memory held: of the accelerator where there is one, else of the process"
+    )
     device: str = Field(description="what it ran on, for example `cpu` or the GPU's name")
 
 
@@ -86,16 +95,21 @@ class Result(_Record):
 
     schema_version: Literal["graftlm.result/1"] = Field(SCHEMA, alias="schema", description=f'always `"{SCHEMA}"`')
     name: str = Field(description="name of the run, which is its folder's")
-    created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0), description="UTC, ISO 8601")
+    created: AwareDatetime = Field(
+        default_factory=lambda: datetime.now(UTC).replace(microsecond=0), description="UTC, ISO 8601"
+    )
     model: str | None = Field(None, description="the pretrained model, as in the recipe")
     task: str = Field(description="the recipe's task, for example `classification`")
     metric: str = Field(description="the primary metric, a key of `scores[].metrics`")
     source: str = Field(description="language of the training labels")
-    selected_on: tuple[str, ...] = Field((), description="languages whose labels a choice was made on (checkpoint, learning rate); empty: no choice")
+    selected_on: tuple[str, ...] = Field(
+        (), description="languages whose labels a choice was made on (checkpoint, learning rate); empty: no choice"
+    )
     seed: int = Field(description="the recipe's seed")
     scores: tuple[Score, ...] = Field(description="one entry per language and split")
     forgetting: dict[str, Interval] | None = Field(
-        None, description="per language or domain, change of what the model could do before; negative is loss; null: not measured"
+        None,
+        description="per language or domain, change of what the model could do before; negative is loss; null: not measured",
     )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")
@@ -113,7 +127,9 @@ class Result(_Record):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DataError("there is no result here", found=path, fix="graftlm train RECIPE writes one at the end of the run") from None
+            raise DataError(
+                "there is no result here", found=path, fix="graftlm train RECIPE writes one at the end of the run"
+            ) from None
         except ValueError as error:
             raise DataError("a result that is not JSON", found=f"{path}: {error}") from None
         schema = record.get("schema") if isinstance(record, dict) else None
@@ -134,7 +150,11 @@ class Result(_Record):
     def write(self, folder: str | Path) -> Path:
         """Write ``result.json`` into the folder, under a temporary name first; returns its path."""
         path = Path(folder) / FILE
-        write_text(path, json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(
+            path,
+            json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
+            + "\n",
+        )
         return path
 
     def primary(self, score: Score) -> Interval:
@@ -208,3 +228,19 @@ def _type_of(annotation: Any) -> tuple[type[BaseModel] | None, str, str]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, annotation.__name__.lower(), ""
     return None, {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, "time"), ""
+
+
+_FIELDS = re.compile(r"(?<=<!-- fields -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
+
+
+def update_document(path: str | Path) -> None:
+    """Replace the table of fields in docs/reference/result.md, between its two markers, by that of this version."""
+    table = "| field | type | meaning |\n| --- | --- | --- |\n" + "".join(
+        f"| `{field}` | {kind} | {meaning} |\n" for field, kind, meaning in schema_rows()
+    )
+    path = Path(path)
+    write_text(path, _FIELDS.sub(lambda _: table, path.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    update_document(sys.argv[1])

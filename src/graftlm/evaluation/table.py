@@ -118,8 +118,20 @@ class ScoreTable:
     def of(cls, result: Result) -> ScoreTable:
         """The scores of a result, source language first; columns without any value are left out."""
         metric = metric_of(result.metric)
-        others = [name for name in dict.fromkeys(name for score in result.scores for name in score.metrics) if name != result.metric]
-        columns = ["language", "items", metric.title, *(metric_of(name).title for name in others), "majority", "standard", "gain"]
+        others = [
+            name
+            for name in dict.fromkeys(name for score in result.scores for name in score.metrics)
+            if name != result.metric
+        ]
+        columns = [
+            "language",
+            "items",
+            metric.title,
+            *(metric_of(name).title for name in others),
+            "majority",
+            "standard",
+            "gain",
+        ]
         splits = {score.split for score in result.scores}
         rows = []
         for score in result.ordered:
@@ -147,8 +159,9 @@ class ScoreTable:
 
     def markdown(self) -> str:
         """A GitHub-flavoured table; ``|`` and markup in names are escaped."""
-        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
-        body = ["| " + " | ".join(cell if number == 1 else markdown_text(cell) for cell in line) + " |" for number, line in enumerate(lines)]
+        lines = [tuple(map(markdown_text, self.columns)), ("---", *("---:" for _ in self.columns[1:]))]
+        lines += [(markdown_text(row[0]), *row[1:]) for row in self.rows]
+        body = ["| " + " | ".join(line) + " |" for line in lines]
         return "\n".join(body)
 
     def rich(self) -> Table:

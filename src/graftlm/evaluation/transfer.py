@@ -12,7 +12,13 @@ _CELLS = 2_000_000  # multiplicities held at a time: 16 MB
 
 
 def score(
-    task: str, labels: Sequence, predictions: Sequence, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95
+    task: str,
+    labels: Sequence,
+    predictions: Sequence,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    confidence: float = 0.95,
 ) -> dict[str, Interval]:
     r"""Every metric of the task with its percentile bootstrap interval over items; the primary metric comes first.
 
@@ -49,7 +55,8 @@ def score(
             drawn[name].append(statistic(w))
     whole = np.ones((1, n))
     return {
-        name: _interval(statistic(whole)[0], np.concatenate(drawn[name]), n, confidence) for name, statistic in made.items()
+        name: _interval(statistic(whole)[0], np.concatenate(drawn[name]), n, confidence)
+        for name, statistic in made.items()
     }
 
 
@@ -84,7 +91,9 @@ def paired_gain(
     (0.25, 0.0)
     """
     if (ids is None) != (reference_ids is None):
-        raise DataError("ids must be given for both sides or for none", found="ids" if reference_ids is None else "reference_ids")
+        raise DataError(
+            "ids must be given for both sides or for none", found="ids" if reference_ids is None else "reference_ids"
+        )
     if ids is not None:
         _check_ids(ids, reference_ids, len(labels))
     _check(resamples, confidence)
@@ -112,7 +121,9 @@ def _check(resamples: int, confidence: float) -> None:
 def _check_ids(ids: Sequence, reference_ids: Sequence, n: int) -> None:
     ids, reference_ids = list(ids), list(reference_ids)
     if len(ids) != n or len(reference_ids) != n:
-        raise DataError("as many ids as items are needed", found=f"{n} items, {len(ids)} ids, {len(reference_ids)} reference ids")
+        raise DataError(
+            "as many ids as items are needed", found=f"{n} items, {len(ids)} ids, {len(reference_ids)} reference ids"
+        )
     for position, (one, other) in enumerate(zip(ids, reference_ids, strict=True)):
         if one != other:
             same = "the same ids in another order" if set(ids) == set(reference_ids) else "other ids"
