@@ -98,6 +98,6 @@ def _nothing_trains(trainable: list[str]) -> SetupError:
         "No parameter in any layer of this model requires a gradient.",
         found=f"trainable: {shown}" if trainable else "nothing is trainable",
         allowed="at least one layer with trainable parameters",
-        fix='get_peft_model(model, LoraConfig(target_modules="all-linear")), or model.requires_grad_(True) for full '
-        "fine-tuning, before the Trainer is made",
+        fix="get_peft_model(model, LoraConfig(task_type=...)), or model.requires_grad_(True) for full fine-tuning, "
+        "before the Trainer is made",
     )
