@@ -158,9 +158,7 @@ def test_multi_label_and_regression(task, labels, kind):
 def test_multiple_choice_counts_all_choices_of_an_example_as_one():
     from transformers import BertConfig, BertForMultipleChoice
 
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     model = BertForMultipleChoice(config).eval()
     batch = {"input_ids": torch.randint(5, 50, (3, 2, 6)), "labels": torch.tensor([0, 1, 1])}
     groups = groups_by_layer(model)
@@ -258,7 +256,7 @@ def test_opacus_agrees():
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
     x, y = torch.randn(6, 5), torch.randint(0, 3, (6,))
     twin = opacus.GradSampleModule(copy.deepcopy(model).train(), loss_reduction="sum")
-    nn.functional.cross_entropy(twin(x), y, reduction="sum").backward()
+    nn.functional.cross_entropy(twin(x.clone().requires_grad_()), y, reduction="sum").backward()
     wanted = {str(i): float(p.grad_sample.square().sum() / 6) for i, p in enumerate(twin.parameters())}
     groups = {str(i): [p] for i, p in enumerate(model.parameters())}
     batch = {"input": x, "labels": y}
