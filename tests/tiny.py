@@ -2,7 +2,8 @@
 
     from tiny import ARCHITECTURES, available, tiny_batch, tiny_model, tiny_tokenizer
 
-A model has width 16, 4 heads and a vocabulary of 96; a batch holds padded rows of different lengths and the labels its task needs.
+A model has width 16, 4 heads and a vocabulary of 96; a batch holds padded rows of different lengths and the labels that
+its task needs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Errors that say what is wrong, what was found, what is allowed and what to type."""
 
+from collections.abc import Iterable
+
 
 class GraftError(Exception):
     """Base of every error that graftlm raises on purpose.
@@ -7,11 +9,18 @@ class GraftError(Exception):
     Args:
         problem: one sentence that says what is wrong.
         found: the value that was found.
-        allowed: the values that would be right.
+        allowed: what would be right: a text, or the values one by one.
         fix: what to type or do.
     """
 
-    def __init__(self, problem: str, *, found: object = None, allowed: object = None, fix: str | None = None):
+    def __init__(
+        self,
+        problem: str,
+        *,
+        found: object = None,
+        allowed: str | Iterable[object] | None = None,
+        fix: str | None = None,
+    ):
         self.problem, self.found, self.allowed, self.fix = problem, found, allowed, fix
         lines = [problem]
         if found is not None:
