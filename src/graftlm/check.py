@@ -1,0 +1,171 @@
+"""Everything but the training: what a recipe would do, before it costs anything."""
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.data import Split
+from graftlm.prepare import Prepared, prepare
+from graftlm.recipe import Recipe
+from graftlm.tasks import Encoded
+from graftlm.training.layers import trainable_layers
+from graftlm.training.unfreezing import plan
+
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class TextCheck:
+    """How a tokenizer takes one split's text.
+
+    Attributes:
+        items: items in the split.
+        tokens_per_word: tokens for each word between spaces; of little use in scripts without spaces. Text that two windows
+            share counts twice.
+        characters_per_token: the same the other way round, for every script.
+        unknown: share of tokens that are the unknown token.
+        truncated: share of items that lose text.
+        windows: model inputs that the items become.
+    """
+
+    split: str
+    language: str
+    items: int
+    tokens_per_word: float
+    characters_per_token: float
+    unknown: float
+    truncated: float
+    windows: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `graftlm check` shows.
+
+    Attributes:
+        recipe: the resolved recipe, with where each value came from.
+        layers: trainable parameters by layer, bottom first; then those of the head.
+        fresh: modules that the checkpoint does not have: they begin random, are trained and saved.
+        targets: modules that carry LoRA.
+        texts: one row for each split and language.
+        example: the first training item as the model reads it.
+        label: its label.
+        step_seconds: forward and backward of one batch, all layers open.
+        steps: optimizer steps of the run.
+        train_seconds: `step_seconds` × forward passes; an estimate without evaluation and Fisher passes.
+        every_n_steps: the interval of the schedule, where there is one.
+        openings: when which layers open; None where tr(F) decides.
+        memory: estimates in MB: parameters, gradients, optimizer states (two of Adam's for each trainable parameter).
+            What activations need comes on top and depends on the length of the texts.
+    """
+
+    recipe: str
+    layers: dict[str, int]
+    fresh: tuple[str, ...]
+    targets: tuple[str, ...]
+    total_parameters: int
+    texts: tuple[TextCheck, ...]
+    example: str
+    label: Any
+    loss: float
+    step_seconds: float
+    steps: int
+    train_seconds: float
+    every_n_steps: int | None
+    openings: tuple[tuple[int, tuple[str, ...] | None], ...]
+    memory: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+
+def check(recipe: Recipe) -> Check:
+    """Reads the data, loads the model and takes one step; writes nothing.
+
+    Raises:
+        GraftError: whatever would stop the run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(recipe, Path(folder), progress=False)
+        loss, seconds = _one_step(prepared)
+    model = prepared.loaded.model
+    groups = trainable_layers(model)
+    layers = {name: sum(p.numel() for _, p in groups.parameters[name]) for name in groups.names}
+    layers["head"] = sum(p.numel() for _, p in groups.head)
+    passes = prepared.steps * recipe.training.gradient_accumulation_steps
+    unfreezing = recipe.unfreezing
+    openings = (
+        plan(groups.names, unfreezing.schedule, prepared.every_n_steps, unfreezing.order, recipe.seed)
+        if unfreezing and prepared.every_n_steps
+        else []
+    )
+    return Check(
+        recipe=recipe.resolved(),
+        layers=layers,
+        fresh=prepared.loaded.fresh,
+        targets=prepared.loaded.targets,
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        texts=_texts(prepared),
+        example=prepared.tokenizer.decode(prepared.train.features[0]["input_ids"]),
+        label=prepared.task.plain(prepared.splits.train.labels[0]),
+        loss=loss,
+        step_seconds=seconds,
+        steps=prepared.steps,
+        train_seconds=seconds * passes,
+        every_n_steps=prepared.every_n_steps,
+        openings=tuple(openings),
+        memory=_memory(model),
+    )
+
+
+def _texts(prepared: Prepared) -> tuple[TextCheck, ...]:
+    recipe, splits = prepared.recipe, prepared.splits
+    rows = [_text_check("train", recipe.source, splits.train, prepared.train)]
+    if splits.dev and prepared.dev:
+        rows.append(_text_check("dev", recipe.source, splits.dev, prepared.dev))
+    for language, split in splits.test.items():
+        encoded = prepared.task.encode(split, prepared.tokenizer, recipe.training)
+        rows.append(_text_check("test", language, split, encoded))
+    return tuple(rows)
+
+
+def _text_check(name: str, language: str, split: Split, encoded: Encoded) -> TextCheck:
+    flat = [" ".join(text) if isinstance(text, list) else text for text in [*split.texts, *(split.texts_b or ())]]
+    return TextCheck(
+        split=name,
+        language=language,
+        items=len(split),
+        tokens_per_word=encoded.tokens / max(1, sum(len(text.split()) for text in flat)),
+        characters_per_token=sum(map(len, flat)) / max(1, encoded.tokens),
+        unknown=encoded.unknown / max(1, encoded.tokens),
+        truncated=encoded.truncated / len(split),
+        windows=len(encoded.owners),
+    )
+
+
+def _one_step(prepared: Prepared) -> tuple[float, float]:
+    """Loss and seconds of forward and backward on the first batch; the second of two, since the first one warms up."""
+    trainer = prepared.trainer
+    model = trainer.model.to(trainer.args.device).train()
+    inputs = {key: value.to(trainer.args.device) for key, value in next(iter(trainer.get_train_dataloader())).items()}
+    for _ in range(2):
+        began = time.perf_counter()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        model.zero_grad()
+    return float(loss.detach()), seconds
+
+
+def _memory(model: torch.nn.Module) -> dict[str, float]:
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / _MB
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / _MB
+    return {"parameters_mb": parameters, "gradients_mb": trainable, "optimizer_mb": 2 * trainable}

@@ -1,0 +1,248 @@
+"""graftlm's verbs: parse, call, print. What they call is imported inside them, so that --help answers at once."""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from graftlm.errors import GraftError, RecipeError
+
+if TYPE_CHECKING:
+    from graftlm.check import Check
+    from graftlm.evaluation.result import Result
+
+app = typer.Typer(
+    help="Graft a new language, domain or task onto a pretrained language model, keep what it knew, and show both.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(help="List the recipes that come with graftlm, or copy one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; `graftlm recipes` lists examples.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="training.learning_rate=5e-4 seed=1")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+_FIRST = os.environ.get("RANK", "0") == "0"  # under accelerate launch every process runs this, and one of them speaks
+out = Console(quiet=not _FIRST)
+err = Console(stderr=True, quiet=not _FIRST)
+
+
+def main() -> None:
+    """The `graftlm` command."""
+    with _reported():
+        app(standalone_mode=True)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors as a few lines instead of a traceback: exit status 2 for ours, 130 after Ctrl-C."""
+    try:
+        yield
+    except GraftError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Our own messages on standard error; transformers' only where they are errors (or TRANSFORMERS_VERBOSITY asks)."""
+    import logging
+
+    import datasets
+    import transformers
+
+    class Speaker(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            err.print(escape(self.format(record)), soft_wrap=True, highlight=False)
+
+    logger = logging.getLogger("graftlm")
+    if not logger.handlers:
+        logger.addHandler(Speaker())
+    logger.setLevel(logging.INFO)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading weights; training shows its own
+    datasets.disable_progress_bars()
+    warnings.showwarning = _show_warning
+    # peft 0.21 reads an attribute that transformers 5.23 deprecates
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+
+
+def _show_warning(message: Any, category: Any, filename: str, line_number: int, file: Any = None, line: Any = None) -> None:
+    err.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+
+
+def _show(result: "Result", as_json: bool) -> None:
+    if as_json:
+        out.print_json(result.model_dump_json(by_alias=True))
+    else:
+        out.print(result.table())
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Train the shipped recipe on the shipped data, offline: English labels, six languages scored."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from graftlm.recipe import load_recipe, shipped
+
+    _train(load_recipe(shipped()["demo"]), as_json)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a recipe into its run folder; a stopped run goes on where it stopped.
+
+    On several devices: accelerate launch -m graftlm train RECIPE …
+    """
+    from graftlm.recipe import load_recipe
+
+    _train(load_recipe(recipe, overrides or ()), as_json)
+
+
+def _train(recipe: Any, as_json: bool) -> None:
+    from graftlm.run import run_recipe
+
+    _quiet_libraries()
+    result = run_recipe(recipe)
+    _show(result, as_json)
+    if not as_json:
+        out.print(f"report: {recipe.folder / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a recipe would do: everything but the training."""
+    from graftlm.check import check as examine
+    from graftlm.recipe import load_recipe
+
+    _quiet_libraries()
+    found = examine(load_recipe(recipe, overrides or ()))
+    if as_json:
+        out.print_json(json.dumps(found.as_dict()))
+    else:
+        _show_check(found)
+
+
+def _show_check(found: "Check") -> None:
+    out.print("[bold]recipe[/], with where each value came from")
+    out.print(found.recipe, highlight=False, markup=False)
+
+    table = Table(title="trainable parameters, bottom first", title_justify="left")
+    table.add_column("layer")
+    table.add_column("parameters", justify="right")
+    for name, count in found.layers.items():
+        table.add_row(name, f"{count:,}")
+    trainable = sum(found.layers.values())
+    table.add_row("together", f"{trainable:,} of {found.total_parameters:,} ({trainable / found.total_parameters:.2%})")
+    out.print(table)
+    if found.targets:
+        out.print(f"LoRA on: {', '.join(found.targets)}", markup=False)
+    out.print(f"random at the start, trained and saved: {', '.join(found.fresh) or 'nothing'}\n", markup=False)
+
+    table = Table(title="text", title_justify="left")
+    for column in ("split", "language", "items", "inputs", "tokens a word", "characters a token", "unknown", "cut"):
+        table.add_column(column, justify="left" if column in ("split", "language") else "right")
+    for row in found.texts:
+        ratios = f"{row.tokens_per_word:.2f}", f"{row.characters_per_token:.2f}"
+        shares = f"{row.unknown:.2%}", f"{row.truncated:.2%}"
+        table.add_row(row.split, row.language, str(row.items), str(row.windows), *ratios, *shares)
+    out.print(table)
+    out.print(f"first training item: {found.example}\nits label:           {found.label}\n", markup=False, highlight=False)
+
+    memory = found.memory
+    out.print(
+        f"one step:  loss {found.loss:.3f}, {found.step_seconds:.3f} s forward and backward\n"
+        f"the run:   {found.steps} steps, about {_duration(found.train_seconds)} (estimate, without evaluation)\n"
+        f"memory:    {memory['parameters_mb']:.1f} MB parameters, {memory['gradients_mb']:.1f} MB gradients, "
+        f"{memory['optimizer_mb']:.1f} MB optimizer (estimate; activations come on top)",
+        highlight=False,
+    )
+    if found.openings:
+        steps = ", ".join(f"{step}: {' '.join(names) if names else 'largest tr(F)'}" for step, names in found.openings)
+        out.print(f"opens at:  {steps}", highlight=False, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    test: Annotated[list[str] | None, typer.Option(metavar="LANGUAGE=PATH", help="Other test sets; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a finished run on its own test sets, or on others; nothing is written."""
+    tests = dict(_pair(one) for one in test) if test else None
+    from graftlm.run import evaluate as score_run
+
+    _quiet_libraries()
+    _show(score_run(run, tests), as_json)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    language, equals, path = text.partition("=")
+    if not equals or not language or not path:
+        raise RecipeError("a test set is written LANGUAGE=PATH", found=text, fix="--test deu=test.deu.jsonl")
+    return language, path
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")]) -> None:
+    """Write report.html again from the files of finished runs."""
+    from graftlm.evaluation.report import write_report
+
+    for run in runs:
+        out.print(str(write_report(run)), highlight=False, soft_wrap=True, markup=False)
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context, as_json: Json = False) -> None:
+    """List the recipes that come with graftlm, or copy one."""
+    if context.invoked_subcommand:
+        return
+    from graftlm.recipe import shipped
+
+    # a recipe's first line says what it is for
+    found = {name: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, file in shipped().items()}
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    table = Table("recipe", "what it does", caption="graftlm recipes copy NAME", caption_justify="left")
+    for name, title in found.items():
+        table.add_row(name, title)
+    out.print(table)
+
+
+@recipes_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="One of `graftlm recipes`.")],
+    to: Annotated[Path | None, typer.Argument(help="A file or folder; the working folder otherwise.")] = None,
+) -> None:
+    """Copy a recipe, to be changed."""
+    from graftlm.recipe import shipped
+
+    known = shipped()
+    if name not in known:
+        raise RecipeError("there is no such recipe", found=name, allowed=known, fix="graftlm recipes")
+    target = to or Path()
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    if target.exists():
+        raise RecipeError("the file exists, and is not overwritten", found=target, fix=f"graftlm recipes copy {name} OTHER.yaml")
+    shutil.copyfile(known[name], target)
+    out.print(str(target), highlight=False, markup=False)

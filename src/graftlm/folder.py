@@ -1,0 +1,282 @@
+"""Models in and out: the pretrained model of a recipe, the adapter on it, and the run folder that holds the result."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graftlm import recipe as recipes
+from graftlm.architectures import describe
+from graftlm.data import starter_path
+from graftlm.errors import DataError, GraftError, ModelError, RecipeError
+from graftlm.recipe import Recipe
+from graftlm.tasks import Task, check_length, task_for
+
+ADAPTER, MODEL = "adapter", "model"
+RESOLVED = "recipe.resolved.yaml"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pretrained model with the recipe's adapter on it.
+
+    Attributes:
+        model: in float32, ready for a Trainer.
+        fresh: modules that the checkpoint does not have: the task's head, as a rule. They train and are saved.
+        targets: modules that carry LoRA, as PEFT names them; empty in full fine-tuning.
+    """
+
+    model: nn.Module
+    fresh: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def locate(recipe: Recipe) -> str:
+    """What `from_pretrained` is given: a folder for `starter` and for local models, else the hub id.
+
+    Raises:
+        ModelError: a local path without a model.
+    """
+    if recipe.model == "starter":
+        folder = starter_path("encoder")
+        if not (folder / "config.json").is_file():
+            raise ModelError("the starter encoder is not in this installation", found=folder, fix="reinstall graftlm")
+        return str(folder)
+    local = recipe.path(recipe.model)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"{recipe.origin('model')}: the folder holds no model (config.json)", found=local)
+        return str(local)
+    if recipe.model.startswith((".", "/", "~")) or recipe.model.count("/") > 1:
+        raise ModelError(
+            f"{recipe.origin('model')}: there is no such model folder",
+            found=local,
+            allowed="starter, a local folder (relative to the recipe), or a hub id OWNER/NAME",
+        )
+    return recipe.model
+
+
+@contextmanager
+def _explained(recipe: Recipe, where: str) -> Iterator[None]:
+    try:
+        yield
+    except GraftError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{recipe.origin('model')}: the model cannot be loaded: {first}",
+            found=where,
+            fix="graftlm check RECIPE; code from the hub is never run (trust_remote_code is off)",
+        ) from error
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token."""
+    where = locate(recipe)
+    with _explained(recipe, where):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        if recipe.task == "token_classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+            # byte-level tokenizers take lists of words only when each word begins with a space
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, add_prefix_space=True
+            )
+    if not tokenizer.is_fast:
+        raise ModelError("graftlm needs a fast tokenizer: offsets and words come from it", found=type(tokenizer).__name__)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """The pretrained model with a head for the task and the recipe's adapter.
+
+    Weights are float32 whatever the file holds: `training.precision` says in what the arithmetic is done.
+
+    Raises:
+        ModelError: no such model, no head of this kind for it, or a checkpoint without the weights of its layers.
+        RecipeError: target modules that are not in the model, or `auto` for a family that PEFT has no default for.
+    """
+    where = locate(recipe)
+    auto = getattr(transformers, task.auto_class)
+    with _explained(recipe, where), _quiet():
+        # a checkpoint with a head for other labels gets a fresh one; what is fresh in the layers is an error below
+        model, info = auto.from_pretrained(
+            where,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **task.model_arguments(),
+        )
+    check_length(recipe, tokenizer, model.config)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    fresh = _fresh_modules(model, missing)
+    _refuse_fresh_layers(model, missing, where)
+    if recipe.adapter.method == "none":
+        return Loaded(model, fresh, ())
+    return _with_lora(recipe, model, task, fresh)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report on fresh weights, for which `Loaded.fresh` stands."""
+    talk = transformers.utils.logging
+    verbosity, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(verbosity)
+        if bar:
+            talk.enable_progress_bar()
+
+
+def _fresh_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """The highest modules all of whose parameters are missing from the checkpoint."""
+    chosen: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(remove_duplicate=False)]
+        if name and own and all(key in missing for key in own) and not any(name.startswith(f"{one}.") for one in chosen):
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _refuse_fresh_layers(model: PreTrainedModel, missing: set[str], where: str) -> None:
+    architecture = describe(model)
+    for module in [*(layer.name for layer in architecture.layers), *architecture.embeddings]:
+        lost = sorted(key for key in missing if key.startswith(f"{module}."))
+        if lost:
+            raise ModelError(
+                "the checkpoint does not have the weights of all layers, so the model would be partly random",
+                found=f"{where}: {', '.join(lost[:4])}" + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
+            )
+
+
+def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
+    targets = recipe.adapter.target_modules
+    if targets == "auto":
+        family = model.config.model_type
+        if family not in LORA_TARGETS:
+            linear = {re.sub(r".*\.", "", name) for name, part in _layer_linears(model)}
+            raise RecipeError(
+                f"PEFT has no default for the query and value projections of {family!r}",
+                found="adapter.target_modules: auto",
+                allowed=sorted(linear),
+                fix=f"adapter.target_modules=[{', '.join(sorted(linear)[:2])}]",
+            )
+        targets = tuple(LORA_TARGETS[family])
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise RecipeError(
+                f"{recipe.origin('adapter.target_modules')}: the model has no module of this name",
+                found=target,
+                allowed=sorted({re.sub(r".*\.", "", name) for name, _ in _layer_linears(model)}),
+            )
+    config = peft.LoraConfig(
+        task_type=task.peft_type,
+        r=recipe.adapter.r,
+        lora_alpha=recipe.adapter.alpha,
+        lora_dropout=recipe.adapter.dropout,
+        target_modules=list(targets),
+        # PEFT adds the head by task type; whatever else is fresh would be random again after loading
+        modules_to_save=list(fresh) or None,
+    )
+    return Loaded(peft.get_peft_model(model, config), fresh, targets)
+
+
+def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    prefixes = tuple(f"{layer.name}." for layer in describe(model).layers)
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [(name, part) for name, part in model.named_modules() if name.startswith(prefixes) and isinstance(part, kinds)]
+
+
+@contextmanager
+def renamed_into(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and is removed when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        for path in [temporary, *temporary.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp's 0700 would hide a shared run folder's part
+        if target.exists():  # a folder cannot be replaced in one step: what a stopped run left goes first
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> Path:
+    """Writes `adapter/`, or `model/` in full fine-tuning, with tokenizer and label names; returns the folder."""
+    adapted = isinstance(model, peft.PeftModel)
+    target = folder / (ADAPTER if adapted else MODEL)
+    with renamed_into(target) as temporary:
+        if adapted:
+            # without embeddings: LoRA does not change them, and PEFT would ask the hub whether they have grown
+            model.save_pretrained(temporary, save_embedding_layers=False)
+            model.config.save_pretrained(temporary)  # the label names, which an adapter does not hold
+            file = temporary / "adapter_config.json"
+            config = json.loads(file.read_text(encoding="utf-8"))
+            # PEFT notes where the base lies on this machine
+            config["base_model_name_or_path"] = recipe.relocated(folder).model
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        else:
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own is one folder up
+    return target
+
+
+def load(folder: str | os.PathLike[str], *, tokenizer: bool = False) -> Any:
+    """The model that a run made, ready for inference: its adapter on its base, or the fully fine-tuned model.
+
+    Args:
+        folder: a run folder, such as `runs/demo`.
+        tokenizer: also return the tokenizer.
+
+    Returns:
+        The model in evaluation mode; with `tokenizer=True` the pair (model, tokenizer). `model.config.id2label` has the
+        label names.
+
+    Raises:
+        DataError: the folder holds no finished run.
+        ModelError: the base model cannot be found.
+    """
+    folder = Path(folder)
+    if not (folder / RESOLVED).is_file():
+        raise DataError("there is no run here", found=folder, fix="graftlm train RECIPE makes one")
+    recipe = recipes.load_recipe(folder / RESOLVED)
+    weights = next((folder / name for name in (ADAPTER, MODEL) if (folder / name).is_dir()), None)
+    if weights is None:
+        raise DataError("the run has not come to its end", found=folder, fix=f"graftlm train {folder / RESOLVED}")
+    task = task_for(recipe)
+    auto = getattr(transformers, task.auto_class)
+    made = transformers.AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+    base = str(weights) if weights.name == MODEL else locate(recipe)
+    with _explained(recipe, base), _quiet():
+        config = transformers.AutoConfig.from_pretrained(weights, trust_remote_code=False)
+        model = auto.from_pretrained(
+            base, config=config, trust_remote_code=False, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+        if weights.name == ADAPTER:
+            model = peft.PeftModel.from_pretrained(model, str(weights))
+    model.eval()
+    return (model, made) if tokenizer else model

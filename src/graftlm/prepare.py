@@ -1,0 +1,300 @@
+"""Everything of a run but the training: checked splits, model, and a Trainer that is ready to start."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from graftlm.callbacks import ProgressBar, StopAndSave, TrainingClock
+from graftlm.data import Labels, Split, load_split
+from graftlm.errors import RecipeError
+from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
+from graftlm.folder import Loaded, load_model, load_tokenizer
+from graftlm.recipe import Recipe
+from graftlm.tasks import Encoded, Task, task_for
+from graftlm.training.callback import ScheduledUnfreezing
+from graftlm.training.layers import trainable_layers
+from graftlm.yaml_lines import nearest
+
+CHECKPOINTS = "checkpoints"
+UNFREEZING_LOG = "unfreezing.jsonl"
+_UNDEFINED = -1.0  # of a dev metric: no worse value exists, and NaN would win every later comparison
+
+# TrainingArguments that have a key of their own in the recipe, or that the run folder depends on
+_OWN_KEYS = {
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "learning_rate": "training.learning_rate",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "warmup_steps": "training.warmup_steps",
+    "weight_decay": "training.weight_decay",
+    "lr_scheduler_type": "training.lr_scheduler_type",
+    "eval_steps": "training.eval_steps",
+    "save_steps": "training.eval_steps",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "seed": "seed",
+    "output_dir": "output.folder",
+    "run_name": "name",
+    "report_to": "output.report_to",
+    "push_to_hub": "output.push_to_hub",
+    "hub_model_id": "output.push_to_hub",
+    "hub_private_repo": "output.private",
+    **dict.fromkeys(
+        ("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "data.dev"
+    ),
+    **dict.fromkeys(("label_names", "remove_unused_columns", "resume_from_checkpoint", "save_only_model"), None),
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The recipe's data, read and checked."""
+
+    train: Split
+    dev: Split | None
+    test: dict[str, Split]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step."""
+
+    recipe: Recipe
+    splits: Splits
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    loaded: Loaded
+    train: Encoded
+    dev: Encoded | None
+    trainer: Trainer
+    steps: int
+    metric: str
+    schedule: ScheduledUnfreezing | None
+    every_n_steps: int | None
+    clock: TrainingClock
+    stop: StopAndSave
+
+
+def read_splits(recipe: Recipe) -> tuple[Splits, Task]:
+    """All splits and the task with its labels; every label must be known from training."""
+    train = load_split(recipe, recipe.data.train, "train")
+    task = task_for(recipe, train)
+    dev = load_split(recipe, recipe.data.dev, "dev") if recipe.data.dev else None
+    test = {language: load_split(recipe, source, "test") for language, source in recipe.data.test.items()}
+    return Splits(train, dev and checked(task, dev), {key: checked(task, split) for key, split in test.items()}), task
+
+
+def checked(task: Task, split: Split) -> Split:
+    """The split, once its labels are known to the task."""
+    labels: Labels = task.labels
+    return labels.check(task.name, split) if labels.names else split
+
+
+def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
+    """Reads the data, loads and adapts the model, and makes the Trainer; the model's folder is not touched.
+
+    Args:
+        recipe: what to run.
+        folder: the run folder; checkpoints and the unfreezing log go there once training begins.
+        progress: whether a bar is shown.
+    """
+    task_for(recipe)  # a task that does not run is an error before anything is read
+    arguments = training_arguments(recipe, folder, progress=progress)
+    splits, task = read_splits(recipe)
+    tokenizer = load_tokenizer(recipe)
+    transformers.set_seed(recipe.seed)  # the head's weights are drawn next
+    loaded = load_model(recipe, task, tokenizer)
+    train = task.encode(splits.train, tokenizer, recipe.training)
+    dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
+    metric = metrics_for(task.name, task.gold((splits.dev or splits.train).labels))[0]
+
+    steps = planned_steps(arguments, len(train.features))
+    every = _interval(recipe, loaded, steps)
+    schedule = _schedule(recipe, every, folder)
+    clock, stop = TrainingClock(), StopAndSave()
+    trainer = make_trainer(
+        loaded.model,
+        arguments,
+        task,
+        tokenizer,
+        progress=progress,
+        train_dataset=train.features,
+        eval_dataset=dev.features if dev else None,
+        compute_metrics=_dev_metrics(task, dev, splits.dev, metric) if dev and splits.dev else None,
+        callbacks=[clock, stop, *([schedule] if schedule else [])],
+    )
+    return Prepared(
+        recipe, splits, task, tokenizer, loaded, train, dev, trainer, steps, metric, schedule, every, clock, stop
+    )
+
+
+def make_trainer(
+    model: Any, arguments: TrainingArguments, task: Task, tokenizer: PreTrainedTokenizerBase, *, progress: bool, **kwargs: Any
+) -> Trainer:
+    """A Trainer for one of our tasks."""
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=task.collator(tokenizer),
+        preprocess_logits_for_metrics=_only_logits(task),
+        **kwargs,
+    )
+    # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that they do,
+    # it leaves out the division by the accumulation steps (transformers#47688)
+    trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> TrainingArguments:
+    """The recipe's `training` and `output` in transformers' words.
+
+    Raises:
+        RecipeError: `training.arguments` has a name that transformers does not know, or one that has its own key.
+    """
+    training, has_dev = recipe.training, recipe.data.dev is not None
+    _check_arguments(recipe)
+    strategy = "steps" if training.eval_steps else "epoch"
+    warmup = training.warmup_steps
+    values: dict[str, Any] = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.eval_batch_size,
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": warmup if warmup < 1 else int(warmup),
+        "weight_decay": training.weight_decay,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "logging_steps": 0.01,  # a share of the run
+        "eval_strategy": strategy if has_dev else "no",
+        "eval_steps": training.eval_steps,
+        "save_strategy": strategy,
+        "save_steps": training.eval_steps or 500,
+        "save_total_limit": 1,  # the last one; the best one is kept beside it
+        "load_best_model_at_end": has_dev,
+        "metric_for_best_model": "eval_score" if has_dev else None,
+        "greater_is_better": True if has_dev else None,
+        "bf16": training.precision == "bf16",
+        "fp16": training.precision == "fp16",
+        "seed": recipe.seed,
+        "report_to": list(recipe.output.report_to) or "none",
+        "run_name": recipe.name,
+        "label_names": list(task_for(recipe).label_names),
+        "disable_tqdm": not progress,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU there is nothing to pin for, and torch warns
+        # frozen layers take no part in the backward pass; DDP has to know that this may happen
+        "ddp_find_unused_parameters": True if recipe.unfreezing or recipe.adapter.method != "none" else None,
+    }
+    try:
+        return TrainingArguments(**values | recipe.training.arguments)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"transformers refuses the training arguments: {error}", found=recipe.training.arguments) from error
+
+
+def _check_arguments(recipe: Recipe) -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in recipe.training.arguments:
+        where = recipe.origin(f"training.arguments.{name}")
+        if name in _OWN_KEYS:
+            own = _OWN_KEYS[name]
+            raise RecipeError(
+                f"{where}: the argument {name!r} is set by the run" + (f": write {own}" if own else ""),
+                found=f"training.arguments.{name}",
+            )
+        if name not in known:
+            near = nearest(name, known)
+            raise RecipeError(
+                f"{where}: TrainingArguments has no {name!r}" + (f"; did you mean {near!r}?" if near else ""),
+                found=f"training.arguments.{name}",
+                fix=f"training.arguments: {{{near}: …}}" if near else None,
+            )
+
+
+def _only_logits(task: Task) -> Any:
+    def keep(logits: Any, labels: Any) -> Any:
+        if not isinstance(logits, tuple | list):
+            return logits
+        return tuple(logits[: task.logits]) if task.logits > 1 else logits[0]
+
+    return keep
+
+
+def _dev_metrics(task: Task, encoded: Encoded, split: Split, metric: str) -> Any:
+    """Trainer's `compute_metrics` for this dev split; Trainer keeps the checkpoint with the highest `eval_score`."""
+    gold = task.gold(split.labels)
+    sign = 1 if METRICS[metric].higher_is_better else -1
+
+    def compute(outputs: transformers.EvalPrediction) -> dict[str, float]:
+        said = task.gold([one.value for one in task.decode(outputs.predictions, encoded, split)])
+        once = np.ones((1, len(gold)))
+        values = {name: float(value(once)[0]) for name, value in statistics(task.name, gold, said).items()}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values | {"score": sign * values[metric] if metric in values else _UNDEFINED}
+
+    return compute
+
+
+def planned_steps(arguments: TrainingArguments, examples: int) -> int:
+    """Optimizer steps of the whole run, counted as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    share = math.ceil(examples / arguments.world_size)
+    batches = share // arguments.per_device_train_batch_size
+    if not arguments.dataloader_drop_last:
+        batches = math.ceil(share / arguments.per_device_train_batch_size)
+    updates = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * updates)
+
+
+def _interval(recipe: Recipe, loaded: Loaded, steps: int) -> int | None:
+    """`unfreezing.every_n_steps` in steps. auto: half of the run is scheduled, so each interval is steps / (2 · layers)."""
+    unfreezing = recipe.unfreezing
+    if unfreezing is None:
+        return None
+    layers = len(trainable_layers(loaded.model).names)
+    openings = 1 if unfreezing.schedule == "lpft" else layers
+    every = unfreezing.every_n_steps
+    if unfreezing.schedule == "standard":
+        return every if isinstance(every, int) else 1
+    needed = openings if every == "auto" else openings * every
+    if needed > steps:
+        most = steps // openings
+        longer = f"training.epochs={math.ceil(recipe.training.epochs * needed / steps)}"
+        raise RecipeError(
+            f"{recipe.origin('unfreezing.every_n_steps')}: the schedule is longer than the run",
+            found=f"{openings} openings, one every {every} steps, in a run of {steps} steps",
+            allowed=f"every_n_steps up to {most}" if most else None,
+            fix=f"unfreezing.every_n_steps=auto, or {longer}" if most else longer,
+        )
+    return max(1, steps // (2 * openings)) if every == "auto" else every
+
+
+def _schedule(recipe: Recipe, every: int | None, folder: Path) -> ScheduledUnfreezing | None:
+    unfreezing = recipe.unfreezing
+    if unfreezing is None or every is None:
+        return None
+    return ScheduledUnfreezing(
+        unfreezing.schedule,
+        every,
+        order=unfreezing.order,
+        fisher=unfreezing.fisher,
+        trace_examples=unfreezing.trace_examples,
+        record_trace=unfreezing.record_trace,
+        seed=recipe.seed,
+        log_path=folder / UNFREEZING_LOG,
+    )

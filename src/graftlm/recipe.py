@@ -1,0 +1,363 @@
+"""The recipe: one YAML file that says what is trained on what, as frozen, typed models.
+
+    recipe = graftlm.load_recipe("topics.yaml", ["training.learning_rate=5e-4", "seed=1"])
+
+Reading is strict: YAML 1.2, unknown keys and wrong types are errors that name the line, and every value remembers where it came from.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from graftlm import recipe_errors, yaml_lines
+from graftlm.errors import RecipeError
+
+TaskName = Literal[
+    "classification", "multi_label", "regression", "token_classification", "question_answering", "causal_lm", "masked_lm"
+]
+Schedule = Literal["standard", "gradual", "reverse", "random", "fixed", "lpft", "fisher"]
+FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
+_FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(_Model):
+    """Where one split lies; a text alone is its `path`."""
+
+    path: str = Field(min_length=1, description="file, folder, hub id, or starter:… (shipped with graftlm)")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set or folder")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        rest = {key: getattr(self, key) for key in ("config", "split", "revision")}
+        rest = {key: value for key, value in rest.items() if value is not None}
+        return {"path": self.path, **rest} if rest else self.path
+
+    def is_file(self) -> bool:
+        """Whether the path names a file by its ending, not a hub id or folder."""
+        return self.path.endswith(FILE_TYPES)
+
+
+class Data(_Model):
+    """The splits and their columns."""
+
+    train: Source = Field(description="labelled text in the source language")
+    dev: Source | None = Field(None, description="source-language text that the best checkpoint is chosen on")
+    test: dict[str, Source] = Field(min_length=1, description="language tag → text that is scored once, at the end")
+    text: str = Field("text", description="text column (token_classification: list of words; QA: question)")
+    text_b: str | None = Field(None, description="second text of a pair (QA: context)")
+    label: str = Field("label", description="label column (QA: SQuAD's answers, or answer texts)")
+    answer_start: str | None = Field(None, description="QA with answer texts: column of their position in the context")
+    id: str | None = Field(None, description="column that names each item; its row number otherwise")
+    label_separator: str | None = Field(None, min_length=1, description="splits multi-label cells of a CSV file")
+
+    @field_validator("test")
+    @classmethod
+    def _language_tags(cls, test: dict[str, Source]) -> dict[str, Source]:
+        for tag in test:
+            if not _LANGUAGE.fullmatch(tag):
+                raise ValueError(f"{tag!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
+        return test
+
+
+class Adapter(_Model):
+    """What is added to the model; `method: none` is full fine-tuning."""
+
+    method: Literal["lora", "none"] = "lora"
+    r: Count = 8
+    alpha: Count = 16
+    dropout: Share = 0.0
+    target_modules: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="auto: the query and value projections that PEFT knows for this family"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return serialize(self) if self.method != "none" else {"method": "none"}
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> "Adapter":
+        idle = sorted(self.model_fields_set - {"method"})
+        if self.method == "none" and idle:
+            raise ValueError(
+                f"method: none (full fine-tuning) takes no {', '.join(idle)}; delete them or write method: lora"
+            )
+        return self
+
+
+class Unfreezing(_Model):
+    """The arguments of `graftlm.ScheduledUnfreezing`."""
+
+    schedule: Schedule = "standard"
+    every_n_steps: Literal["auto"] | Count = Field(
+        "auto", description="steps between two decisions; auto: the schedule takes half of the run"
+    )
+    order: tuple[int | str, ...] | None = Field(
+        None, description="for schedule fixed: layer names or positions (0 = bottom), first to open first"
+    )
+    fisher: Literal["sampled", "mode", "empirical", "exact"] = "sampled"
+    trace_examples: Count | None = Field(None, description="training examples of one measurement; chosen when null")
+    record_trace: Count | None = Field(None, description="also record tr(F) of every layer each so many steps")
+
+    @model_validator(mode="after")
+    def _order_fits(self) -> "Unfreezing":
+        if (self.schedule == "fixed") != (self.order is not None):
+            raise ValueError("order: goes with schedule: fixed, and only with it")
+        return self
+
+
+class Training(_Model):
+    """How long and how fast; names are those of transformers' TrainingArguments where it has the same thing."""
+
+    epochs: Positive = 3.0
+    max_steps: Count | None = Field(None, description="optimizer steps; replaces epochs")
+    learning_rate: Positive = 5e-4
+    batch_size: Count = Field(32, description="examples per device and forward pass")
+    eval_batch_size: Count = 64
+    gradient_accumulation_steps: Count = 1
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        128, description="tokens; longer text is cut and counted; words and contexts are cut into windows"
+    )
+    stride: Annotated[int, Field(ge=0)] = Field(32, description="tokens that two windows of a QA context share")
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(0.0, description="steps; below 1: a share of the run")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_scheduler_type: str = "linear"
+    eval_steps: Count | None = Field(None, description="evaluate and save each so many steps; null: each epoch")
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    arguments: dict[str, Any] = Field(default_factory=dict, description="more TrainingArguments, handed on")
+
+
+class StandardReference(_Model):
+    """The same recipe with every layer open from the start, trained too."""
+
+    learning_rate: Positive | None = Field(None, description="of the reference; null: that of the recipe")
+
+
+class References(_Model):
+    """What the scores are held against; a list of names is short for a mapping."""
+
+    majority: bool = Field(False, description="always the most frequent label of the training split")
+    standard: StandardReference | None = Field(None, description="standard training; fills the gain")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        known = {"majority": True, "standard": {}}
+        for name in value:
+            if name not in known:
+                raise ValueError(f"unknown reference {name!r}; allowed: {', '.join(known)}")
+        return {name: known[name] for name in value}
+
+
+class Licences(_Model):
+    """Licences that the run's card and result repeat; null: read from the model's own card where it has one."""
+
+    model: str | None = None
+    data: str | None = None
+    weights: str | None = Field(None, description="of what this run makes")
+
+
+class Output(_Model):
+    """Where results go. Nothing leaves the machine unless `report_to` or `push_to_hub` say so."""
+
+    folder: str = Field("runs", min_length=1)
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers, such as tensorboard or wandb")
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="hub repository for the result")
+    private: bool = Field(True, description="whether that repository is made private")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if value in (None, "none"):
+            return ()
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Recipe(_Model):
+    """One run, every value set; made by `load_recipe`."""
+
+    name: str = Field(pattern=_FOLDER_NAME, description="folder name under output.folder")
+    model: str = Field("starter", min_length=1, description="starter, a hub id, or a local folder")
+    task: TaskName = "classification"
+    source: str = Field("eng", description="language tag of the labelled text")
+    data: Data
+    adapter: Adapter = Adapter()
+    unfreezing: Unfreezing | None = Field(None, description="null: plain training")
+    training: Training = Training()
+    references: References = References(majority=True)
+    licences: Licences = Licences()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output: Output = Output()
+
+    _text: str = PrivateAttr("")
+    _base: Path = PrivateAttr(default_factory=Path)
+    _origins: dict[yaml_lines.Path_, str] = PrivateAttr(default_factory=dict)
+    _file: str = PrivateAttr("recipe")
+
+    @field_validator("source")
+    @classmethod
+    def _language_tag(cls, source: str) -> str:
+        if not _LANGUAGE.fullmatch(source):
+            raise ValueError(f"{source!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
+        return source
+
+    @property
+    def text(self) -> str:
+        """The YAML as it was written."""
+        return self._text
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths in the recipe start from: that of its file."""
+        return self._base
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output.folder) / self.name
+
+    def values(self) -> dict[str, Any]:
+        """Every value as plain YAML data."""
+        return self.model_dump(mode="json")
+
+    def origin(self, key: str) -> str:
+        """Where a dotted key's value came from: `default`, `file:line` or `override`."""
+        path = tuple(key.split("."))
+        if path in self._origins:
+            return self._origins[path]
+        for end in range(len(path) - 1, 0, -1):  # a value in its short form: the key above it holds no other keys
+            inner = [other for other in self._origins if other[:end] == path[:end] and len(other) > end]
+            if path[:end] in self._origins and all(other[end].isdigit() for other in inner):
+                return self._origins[path[:end]]
+        return "default"
+
+    def path(self, text: str) -> Path:
+        """A path of the recipe, seen from the working folder."""
+        return self._base / Path(text).expanduser()
+
+    def resolved(self) -> str:
+        """Every value with its origin, as YAML that `load_recipe` reads again."""
+        values = self.values()
+        comments = {path: self.origin(".".join(path)) for path, _ in yaml_lines.flatten(values)}
+        return yaml_lines.dump(values, comments)
+
+    def changed(self, *overrides: str) -> "Recipe":
+        """The same recipe with `key=value` overrides on top."""
+        return _build(self.values(), overrides, text=self._text, base=self._base, file=self._file, origins=self._origins)
+
+    def relocated(self, folder: Path) -> "Recipe":
+        """The same recipe with its relative paths seen from `folder`, so that a copy of it there works too."""
+
+        def move(path: str) -> str:
+            local = self.path(path)
+            return Path(os.path.relpath(local, folder)).as_posix() if local.exists() else path
+
+        values = self.values()
+        values["model"] = move(self.model) if self.model != "starter" else self.model
+        data = values["data"]
+        for splits, key in [(data, "train"), (data, "dev"), *((data["test"], tag) for tag in data["test"])]:
+            if isinstance(splits[key], str):
+                splits[key] = move(splits[key])
+            elif splits[key]:
+                splits[key] = {**splits[key], "path": move(splits[key]["path"])}
+        return _build(values, (), text=self._text, base=folder, file=self._file, origins=self._origins)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: a YAML file; its relative paths start from its own folder.
+        overrides: `key=value` with dots between keys (`training.learning_rate=1e-4`); the value is YAML.
+
+    Raises:
+        RecipeError: a file that is missing or no YAML 1.2, an unknown key (with the nearest known one), a wrong type or a value
+            that is not allowed; each with `file:line`.
+
+    Example:
+        >>> from graftlm.recipe import load_recipe, shipped
+        >>> recipe = load_recipe(shipped()["demo"], ["training.learning_rate=1e-4"])
+        >>> recipe.training.learning_rate, recipe.origin("training.learning_rate"), recipe.origin("training.weight_decay")
+        (0.0001, 'override', 'default')
+    """
+    file = Path(path)
+    text = yaml_lines.read_file(file)
+    values, lines = yaml_lines.read(text, file.name)
+    origins = {key: f"{file.name}:{line}" for key, line in lines.items()}
+    return _build(values, overrides, text=text, base=file.parent, file=file.name, origins=origins)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with graftlm, by name."""
+    folder = Path(__file__).parent / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, those under `output` left out: they do not change what is computed."""
+    one, two = (dict(yaml_lines.flatten(recipe.values())) for recipe in (first, second))
+    keys = [key for key in dict.fromkeys([*one, *two]) if key[0] != "output"]
+    return {".".join(key): (one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)}
+
+
+def _build(
+    values: dict[str, Any],
+    overrides: Iterable[str],
+    *,
+    text: str,
+    base: Path,
+    file: str,
+    origins: dict[yaml_lines.Path_, str],
+) -> Recipe:
+    for assignment in overrides:
+        path = yaml_lines.override(values, assignment)
+        origins = {key: line for key, line in origins.items() if key[: len(path)] != path}
+        inner = yaml_lines.at(values, path)
+        leaves = [key for key, _ in yaml_lines.flatten(inner)] if isinstance(inner, dict) else []
+        origins |= {path: "override"} | {(*path, *leaf): "override" for leaf in leaves}
+    try:
+        # JSON mode: strict about types, and a list may stand for a tuple
+        recipe = Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise recipe_errors.explain(error, Recipe, values, file, origins) from None
+    _refuse_non_finite(values, file, origins)
+    recipe._text, recipe._base, recipe._file, recipe._origins = text, base, file, origins
+    return recipe
+
+
+def _refuse_non_finite(values: dict[str, Any], file: str, origins: dict[yaml_lines.Path_, str]) -> None:
+    for path, value in yaml_lines.flatten(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{recipe_errors.place(path, file, origins)}: {'.'.join(path)} is not a finite number", found=value)

@@ -1,0 +1,95 @@
+"""pydantic's complaints about a recipe in the words of its file: line, key, nearest key, allowed values."""
+
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from graftlm.errors import RecipeError
+from graftlm.yaml_lines import Path_, nearest
+
+
+def explain(
+    error: ValidationError, root: type[BaseModel], values: Any, name: str, origins: Mapping[Path_, str]
+) -> RecipeError:
+    """One error that lists every problem of a recipe, each where it stands.
+
+    Args:
+        error: what pydantic found.
+        root: the model that was validated.
+        values: the plain values that it was given.
+        name: the recipe's file name, for keys that stand nowhere.
+        origins: path → `file:line` or `override`.
+    """
+    problems: dict[str, str] = {}
+    allowed: list[str] | None = None
+    fix = None
+    for detail in error.errors():
+        path = _real_path(detail["loc"], root, values)
+        key = ".".join(path)
+        where = place(path, name, origins)
+        if detail["type"] == "extra_forbidden":
+            names = list(_fields(_describer(root, path[:-1])))
+            near = nearest(path[-1], names)
+            problems.setdefault(key, f"{where}: unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
+            allowed, fix = allowed or names, fix or (f"{near}: …" if near else None)
+        elif detail["type"] == "missing":
+            problems.setdefault(key, f"{where}: the key {key!r} is missing")
+        elif key in problems:  # one message for each member of a union
+            problems[key] += f", or {_message(detail)}"
+        else:
+            found = detail["input"]
+            shown = "" if isinstance(found, dict) or detail["type"] == "value_error" else f" (found {found!r})"
+            problems[key] = f"{where}: {key + ': ' if key else ''}{_message(detail)}{shown}"
+    return RecipeError("\n".join(problems.values()), allowed=allowed, fix=fix)
+
+
+def place(path: Path_, name: str, origins: Mapping[Path_, str]) -> str:
+    """Where a key stands, or the nearest key above it that stands anywhere."""
+    return next((origins[path[:end]] for end in range(len(path), 0, -1) if path[:end] in origins), name)
+
+
+def _message(detail: Any) -> str:
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return message.replace("a valid array", "a list").replace("an object", "a mapping of keys to values")
+
+
+def _real_path(loc: tuple[str | int, ...], root: type[BaseModel], values: Any) -> Path_:
+    """Drops from pydantic's location the names of union members, which are no keys of the recipe."""
+    path: list[str] = []
+    for part in loc:
+        described = part in _fields(_describer(root, tuple(path)))
+        if isinstance(values, dict) and (described or part in values):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        elif described:
+            values = None
+        else:
+            continue
+        path.append(str(part))
+    return tuple(path)
+
+
+def _describer(root: type[BaseModel], path: Path_) -> Any:
+    """The annotation of the value at a path: a model, `dict[str, …]`, a union of those, or a plain type."""
+    annotation: Any = root
+    for part in path:
+        fields = _fields(annotation)
+        if part in fields:
+            annotation = fields[part]
+        else:
+            inner = [get_args(one)[1] for one in _members(annotation) if get_origin(one) is dict]
+            annotation = inner[0] if inner else None
+    return annotation
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return (annotation,) if get_origin(annotation) is dict else (annotation, *get_args(annotation))
+
+
+def _fields(annotation: Any) -> dict[str, Any]:
+    for one in _members(annotation):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return {name: field.annotation for name, field in one.model_fields.items()}
+    return {}

@@ -1,0 +1,323 @@
+"""Recipe → Trainer → run folder."""
+
+import json
+import logging
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from graftlm import recipe as recipes
+from graftlm.data import Split, load_split
+from graftlm.errors import DataError, RecipeError
+from graftlm.evaluation.card import write_card
+from graftlm.evaluation.metrics import majority
+from graftlm.evaluation.report import write_report
+from graftlm.evaluation.result import FILE as RESULT
+from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score, write_text
+from graftlm.evaluation.transfer import paired_gain, score
+from graftlm.folder import RESOLVED, load, save
+from graftlm.hub import licences, push
+from graftlm.prepare import CHECKPOINTS, Prepared, checked, make_trainer, prepare, training_arguments
+from graftlm.recipe import Recipe, Source
+from graftlm.tasks import Encoded, Prediction, Task, task_for
+
+WRITTEN, LOG, PREDICTIONS = "recipe.yaml", "log.jsonl", "predictions.jsonl"
+REFERENCE = "reference-standard"
+_PACKAGES = ("graftlm", "torch", "transformers", "peft", "accelerate", "datasets")
+
+log = logging.getLogger("graftlm")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One language's test set with what the model says of it."""
+
+    split: Split
+    predictions: list[Prediction]
+
+
+def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
+    """Trains a recipe, scores every test language once, and writes the run folder.
+
+    A run that was stopped goes on from its last checkpoint. A finished one is not repeated: its result is read.
+
+    Args:
+        recipe: what `graftlm.load_recipe` returns.
+        progress: whether a bar is shown (on standard error).
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe, or the recipe makes no sense for this model.
+        DataError, ModelError: what the recipe names is missing or malformed.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    folder = recipe.folder
+    if _finished(recipe, folder):
+        log.info("%s is finished already; delete the folder to run it again", folder)
+        return Result.read(folder)
+    prepared = prepare(recipe, folder, progress=progress)
+    trainer = prepared.trainer
+    writes = trainer.is_world_process_zero()
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / WRITTEN, recipe.text)
+        write_text(folder / RESOLVED, recipe.relocated(folder).resolved())
+    trainer.accelerator.wait_for_everyone()
+    _train(prepared, folder)
+
+    began = time.perf_counter()
+    scored = {
+        language: Scored(split, predict(trainer, prepared.task, split, prepared.tokenizer, recipe))
+        for language, split in prepared.splits.test.items()
+    }
+    seconds = time.perf_counter() - began
+    reference = _standard_reference(recipe, folder, progress=progress)
+    scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference)
+    if writes:
+        save(trainer.accelerator.unwrap_model(trainer.model), prepared.tokenizer, recipe, folder)
+        write_text(folder / LOG, _json_lines(trainer.state.log_history))
+        write_text(folder / PREDICTIONS, _json_lines(_prediction_rows(prepared.task, scored)))
+        result = _result(prepared, scores, seconds)
+        result.write(folder)  # the mark of a finished run, so after everything that cannot be made again from it
+        _finish(recipe, folder)
+    trainer.accelerator.wait_for_everyone()
+    return Result.read(folder)
+
+
+def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: bool = True) -> Result:
+    """Scores a finished run on its own test sets, or on others.
+
+    Args:
+        folder: the run folder.
+        tests: language tag → file, folder or hub id, seen from the working folder; None: the recipe's own.
+        progress: whether a bar is shown.
+
+    Returns:
+        The run's result with these scores in place of its own; nothing is written. Reference points are kept where the test
+        sets are the run's own.
+    """
+    folder = Path(folder)
+    model, tokenizer = load(folder, tokenizer=True)
+    result = Result.read(folder)
+    recipe = recipes.load_recipe(folder / RESOLVED)
+    train = load_split(recipe, recipe.data.train, "train")
+    task = task_for(recipe, train)
+    if tests is None:
+        splits = {language: load_split(recipe, source, "test") for language, source in recipe.data.test.items()}
+    else:
+        here = recipe.relocated(Path())  # the given paths start from the working folder, the recipe's own from its folder
+        splits = {language: load_split(here, Source(path=path), "test") for language, path in tests.items()}
+    arguments = training_arguments(recipe.changed("output.report_to=none"), folder, progress=progress)
+    trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
+    scored = {
+        language: Scored(split, predict(trainer, task, checked(task, split), tokenizer, recipe))
+        for language, split in splits.items()
+    }
+    scores = _scores(recipe, task, scored, train, None)
+    if tests is None:
+        old = {one.language: one for one in result.scores}
+        scores = [
+            one.model_copy(update={"standard": old[one.language].standard, "gain": old[one.language].gain})
+            for one in scores
+        ]
+    return result.model_copy(update={"scores": tuple(scores)})
+
+
+def predict(trainer: Trainer, task: Task, split: Split, tokenizer: Any, recipe: Recipe) -> list[Prediction]:
+    """One prediction for each item of a split, on all processes."""
+    encoded: Encoded = task.encode(split, tokenizer, recipe.training)
+    before, trainer.compute_metrics = trainer.compute_metrics, None  # made for the dev split's items
+    try:
+        outputs = trainer.predict(encoded.features).predictions
+    finally:
+        trainer.compute_metrics = before
+    return task.decode(outputs, encoded, split)
+
+
+def _finished(recipe: Recipe, folder: Path) -> bool:
+    """Whether the folder holds this recipe's finished run; an error where it holds anything else than this recipe's run."""
+    if not (folder / RESOLVED).is_file():
+        if folder.exists() and any(file.name != CHECKPOINTS and file.name[0] != "." for file in folder.iterdir()):
+            raise RecipeError("the run folder exists and holds no run", found=folder, fix="name=ANOTHER_NAME")
+        return False
+    differing = recipes.differences(recipes.load_recipe(folder / RESOLVED), recipe.relocated(folder))
+    if differing:
+        shown = [f"{key}: {new!r} (there: {old!r})" for key, (old, new) in list(differing.items())[:6]]
+        raise RecipeError(
+            f"{folder} holds a run of another recipe",
+            found="; ".join(shown) + ("; …" if len(differing) > 6 else ""),
+            fix=f"name=ANOTHER_NAME, or delete {folder}",
+        )
+    if not (folder / RESULT).is_file():
+        return False
+    if not (folder / "report.html").is_file() or not (folder / "README.md").is_file():
+        _finish(recipe, folder)
+    return True
+
+
+def _train(prepared: Prepared, folder: Path) -> None:
+    trainer = prepared.trainer
+    checkpoint = _last_checkpoint(folder / CHECKPOINTS, clean=trainer.is_world_process_zero())
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        log.info("going on from step %s of %s", checkpoint.name.removeprefix("checkpoint-"), prepared.steps)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        prepared.stop.restore()
+    if prepared.stop.stopped and trainer.state.global_step < prepared.steps:
+        log.info("stopped at step %s of %s; the same command goes on from there", trainer.state.global_step, prepared.steps)
+        raise KeyboardInterrupt
+
+
+def _last_checkpoint(folder: Path, *, clean: bool) -> Path | None:
+    """The last whole checkpoint. Trainer writes its state last, so one without it was cut off; it is deleted."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        state = path / "trainer_state.json"
+        try:
+            values = json.loads(state.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            if clean:
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        if clean and values.get("best_model_checkpoint"):
+            # Trainer notes a path, which is another one once the run folder has been moved
+            values["best_model_checkpoint"] = str(folder / Path(values["best_model_checkpoint"]).name)
+            write_text(state, json.dumps(values, indent=2, sort_keys=True) + "\n")
+        return path
+    return None
+
+
+def _standard_reference(recipe: Recipe, folder: Path, *, progress: bool) -> Path | None:
+    """Trains the same recipe with every layer open from the start, in its own run folder inside this one."""
+    standard = recipe.references.standard
+    if standard is None:
+        return None
+    if recipe.unfreezing is None or recipe.unfreezing.schedule == "standard":
+        log.info("this run is standard training itself, so there is no gain over it to measure")
+        return None
+    log.info("the reference: the same recipe with standard training")
+    rate = standard.learning_rate or recipe.training.learning_rate
+    run_recipe(
+        recipe.changed(
+            f"name={REFERENCE}",
+            f"output.folder={json.dumps(str(folder))}",
+            "output.report_to=none",
+            "output.push_to_hub=null",
+            "unfreezing={schedule: standard}",
+            "references=[]",
+            f"training.learning_rate={rate}",
+        ),
+        progress=progress,
+    )
+    return folder / REFERENCE
+
+
+def _scores(
+    recipe: Recipe, task: Task, scored: Mapping[str, Scored], train: Split, reference: Path | None
+) -> list[Score]:
+    standard = _reference_predictions(reference) if reference else {}
+    before = {one.language: Result.read(reference).primary(one) for one in Result.read(reference).scores} if reference else {}
+    scores = []
+    for language, one in scored.items():
+        gold, said = task.gold(one.split.labels), task.gold([prediction.value for prediction in one.predictions])
+        gain: Interval | None = None
+        if reference:
+            ids, values = standard[language]
+            gain = paired_gain(
+                task.name, gold, said, task.gold(values), ids=one.split.ids, reference_ids=ids, seed=recipe.seed
+            )
+        scores.append(
+            Score(
+                language=language,
+                n=len(one.split),
+                is_source=language == recipe.source,
+                metrics=score(task.name, gold, said, seed=recipe.seed),
+                majority=majority(task.name, task.gold(train.labels), gold) if recipe.references.majority else None,
+                standard=before.get(language),
+                gain=gain,
+            )
+        )
+    return scores
+
+
+def _reference_predictions(folder: Path) -> dict[str, tuple[list[Any], list[Any]]]:
+    found: dict[str, tuple[list[Any], list[Any]]] = {}
+    try:
+        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError("the reference run has no predictions", found=folder, fix=f"delete {folder}") from error
+    for row in map(json.loads, lines):
+        ids, values = found.setdefault(row["language"], ([], []))
+        ids.append(row["id"])
+        values.append(row["prediction"])
+    return found
+
+
+def _prediction_rows(task: Task, scored: Mapping[str, Scored]) -> list[dict[str, Any]]:
+    rows = []
+    for language, one in scored.items():
+        for item, label, said in zip(one.split.ids, one.split.labels, one.predictions, strict=True):
+            row = {"id": item, "language": language, "label": task.plain(label), "prediction": said.value}
+            rows.append(row | ({"scores": said.scores} if said.scores is not None else {}))
+    return rows
+
+
+def _json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
+    recipe, trainer = prepared.recipe, prepared.trainer
+    parameters = list(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    return Result(
+        name=recipe.name,
+        model=recipe.model,
+        task=recipe.task,
+        metric=prepared.metric,
+        source=recipe.source,
+        selected_on=(recipe.source,) if prepared.dev else (),
+        seed=recipe.seed,
+        scores=tuple(scores),
+        cost=Cost(
+            train_seconds=prepared.clock.seconds,
+            trace_seconds=prepared.schedule.trace_seconds if prepared.schedule else None,
+            evaluation_seconds=seconds,
+            steps=trainer.state.global_step,
+            trainable_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
+            total_parameters=sum(p.numel() for _, p in parameters),
+            peak_memory_bytes=_peak_memory(trainer.args),
+            device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else str(trainer.args.device.type),
+        ),
+        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        licences=Licences(**licences(recipe)),
+    )
+
+
+def _peak_memory(arguments: TrainingArguments) -> int:
+    if arguments.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _finish(recipe: Recipe, folder: Path) -> None:
+    """What follows from the finished run's files, and can be made again: report, card, hub, fewer checkpoints."""
+    write_report(folder)
+    write_card(folder)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if recipe.output.push_to_hub:
+        push(recipe, folder)
