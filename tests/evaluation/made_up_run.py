@@ -74,7 +74,8 @@ def made_up_unfreezing(layers: int = 10, steps: int = 300, every: int = 10, open
     """Rows of unfreezing.jsonl: top-down with two layers out of turn, and a trace with a hill early on."""
     rng = np.random.default_rng(11)
     order = [*range(layers - 1, -1, -1)]
-    order[3], order[4] = order[4], order[3]
+    middle = len(order) // 2
+    order[middle - 1], order[middle] = order[middle], order[middle - 1]
     opens = {layer: turn * opens_every for turn, layer in enumerate(order)}
     rows = []
     for step in range(0, steps, every):

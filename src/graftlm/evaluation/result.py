@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graftlm.errors import DataError
-from graftlm.evaluation.table import ScoreTable
+from graftlm.evaluation.table import ScoreTable, metric_of
 
 SCHEMA = "graftlm.result/1"
 FILE = "result.json"
@@ -170,6 +170,17 @@ class Result(_Record):
     def zero_shot(self) -> tuple[Score, ...]:
         """The scores in languages whose labels the training never saw."""
         return tuple(score for score in self.scores if not score.is_source)
+
+    @property
+    def ranked(self) -> tuple[Score, ...]:
+        """The scores, source language first, then from the best to the worst; undefined ones last."""
+        sign = 1 if metric_of(self.metric).higher_is_better else -1
+
+        def place(score: Score) -> tuple[bool, bool, float]:
+            value = self.primary(score).value
+            return not score.is_source, value is None, -sign * (value or 0)
+
+        return tuple(sorted(self.scores, key=place))
 
     def table(self) -> ScoreTable:
         """Scores per language as a table to print (`rich`), or to write (`ScoreTable.markdown`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -183,11 +184,32 @@ class ScoreTable:
         return f"{self.markdown()}\n\n{self.caption}"
 
 
+_BIDI = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # embeddings, overrides, isolates
+
+
+def inert(text: object) -> str:
+    r"""Text from data on one line, control characters and those that change the direction of reading written out.
+
+    >>> print(inert("label" + chr(0x202E) + "txt" + chr(0)))
+    label\u202etxt\x00
+    """
+    return visible(" ".join(str(text).split()))
+
+
+def visible(text: object) -> str:
+    """`inert` text that keeps its spaces and lines."""
+    return "".join(repr(letter)[1:-1] if letter in _BIDI or not _is_text(letter) else letter for letter in str(text))
+
+
+def _is_text(letter: str) -> bool:
+    return letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cs", "Cn", "Co")
+
+
 def markdown_text(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line.
 
     >>> markdown_text("a|b <script>")
     'a\\\\|b &lt;script&gt;'
     """
-    shown = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = inert(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in shown)

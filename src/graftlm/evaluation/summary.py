@@ -1,0 +1,80 @@
+"""What came out of a run, in sentences, and what it was made with, in a line."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from graftlm.evaluation.result import Interval, Result
+from graftlm.evaluation.table import MISSING, language_name, metric_of, number
+
+
+def setup(result: Result, values: Mapping[str, str]) -> str:
+    """Model, adapter and schedule in a line; what is not known is left out."""
+    parts = [result.model or values.get("model", "")]
+    if (method := values.get("adapter.method")) == "none":
+        parts.append("full fine-tuning")
+    elif method:
+        title = {"lora": "LoRA"}.get(method, method)
+        parts.append(f"{title}, r = {values['adapter.r']}" if "adapter.r" in values else title)
+    if schedule := values.get("unfreezing.schedule"):
+        every = values.get("unfreezing.every_n_steps", "auto")
+        parts.append(f"{schedule} unfreezing" + (f" every {every} steps" if every.isdigit() else ""))
+    return " · ".join(part for part in [*parts, f"seed {result.seed}"] if part)
+
+
+def with_unit(value: float | None, result: Result, *, signed: bool = False) -> str:
+    metric = metric_of(result.metric)
+    text = number(value, metric, signed=signed)
+    if text == MISSING or not metric.percent:
+        return text
+    return f"{text} points" if signed else f"{text} %"
+
+
+def summary(result: Result) -> list[str]:
+    """What came out, in sentences: the source language, best and worst elsewhere, gain over standard training."""
+    metric = metric_of(result.metric)
+    task = result.task.replace("_", " ")
+    source = next((score for score in result.scores if score.is_source), None)
+    taught = f"{result.model or 'The model'} learned {task} from labels in {language_name(result.source)}"
+    if source is not None and result.primary(source).value is not None:
+        taught += f" and reaches {with_unit(result.primary(source).value, result)} {metric.title} there"
+    sentences = [taught + "."]
+    known = [score for score in result.ranked if not score.is_source and result.primary(score).value is not None]
+    if known:
+        named = [f"{language_name(s.language)} ({with_unit(result.primary(s).value, result)})" for s in known]
+        if len(known) == 1:
+            sentences.append(f"Without a label in it, it reads {named[0]}.")
+        else:
+            mean = statistics.fmean(result.primary(score).value for score in known)
+            sentences.append(
+                f"In {count(len(known))} languages without labels it averages {with_unit(mean, result)}: best in {named[0]}, worst in {named[-1]}."
+            )
+    gains = [score.gain for score in known if score.gain and score.gain.value is not None]
+    if gains:
+        mean = statistics.fmean(gain.value for gain in gains)
+        sentence = f"Against standard training that is {with_unit(mean, result, signed=True)}"
+        sentence += " on average" if len(gains) > 1 else ""
+        sentences.append(f"{sentence}; {_clear(gains)}.")
+    return sentences
+
+
+def _clear(gains: Sequence[Interval]) -> str:
+    """In how many languages the paired interval leaves zero out, and on which side."""
+    bounded = [gain for gain in gains if gain.low is not None and gain.high is not None]
+    above, below = sum(gain.low > 0 for gain in bounded), sum(gain.high < 0 for gain in bounded)
+    if len(gains) == 1:
+        return "the 95 % interval of the gain " + (
+            "lies above zero" if above else "lies below zero" if below else "includes zero"
+        )
+    if not above and not below:
+        return f"the 95 % interval of the gain includes zero in {'both' if len(gains) == 2 else f'all {count(len(gains))}'}"
+    sides = [f"above zero in {above}"] * bool(above) + [f"below zero in {below}"] * bool(below)
+    return f"the 95 % interval of the gain lies {' and '.join(sides)} of {len(gains)} languages"
+
+
+def leaves_zero_out(gain: Interval) -> bool:
+    return gain.low is not None and gain.high is not None and (gain.low > 0 or gain.high < 0)
+
+
+def count(n: int) -> str:
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    return words[n] if n < len(words) else str(n)
