@@ -12,6 +12,7 @@ from graftlm.recipe import Recipe
 
 project = "graftlm"
 author = "The graftlm authors"
+copyright = "2026, the graftlm authors"
 release = version = graftlm.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
@@ -26,8 +27,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Differs from the paper in", "notes_style"), ("Source", "notes_style")]
-# Docstrings name things in `single backticks`: code, whether or not it is something to link to.
-default_role = "code"
+# Docstrings name things in `single backticks`: a link where it is one of ours, else code.
+default_role = "py:obj"
 
 html_theme = "furo"
 html_title = f"graftlm {release}"
@@ -40,6 +41,8 @@ def recipe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> str:
         nested = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         meaning = field.description or (nested[0].__doc__ or "").strip() if nested else field.description or ""
+        choices = [f"`{choice}`" for part in _parts(field.annotation) for choice in _choices(part)]
+        meaning = "; ".join(filter(None, [", ".join(choices), meaning.rstrip(".")]))
         rows.append(f"| `{prefix}{name}` | {default} | {meaning.replace('|', '∣')} |")
         if nested and nested[0].__name__ != "Source":
             rows.append(recipe_fields(nested[0], f"{prefix}{name}."))
@@ -53,6 +56,10 @@ def _parts(annotation: object) -> list[object]:
     return [annotation]
 
 
+def _choices(annotation: object) -> tuple[object, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
 def _shown(value: object) -> str:
     if isinstance(value, BaseModel):
         return ""
@@ -62,19 +69,21 @@ def _shown(value: object) -> str:
 
 
 def command_line() -> str:
-    """What `graftlm VERB --help` prints, verb by verb."""
-    import click
+    """What `graftlm VERB --help` says, verb by verb."""
 
-    command = get_command(app)
-    context = click.Context(command, info_name="graftlm")
-    parts = []
-    for name in command.list_commands(context):
-        verb = command.get_command(context, name)
-        inner = click.Context(verb, info_name=name, parent=context)
-        usage = " ".join([inner.command_path, *verb.collect_usage_pieces(inner)])
-        text = (verb.help or "").strip()
-        parts.append(f"## `graftlm {name}`\n\n```text\n{usage}\n```\n\n{text}\n")
-    return "\n".join(parts)
+    def sections(name: str, command: typing.Any) -> typing.Iterator[str]:
+        yield f"## `{name}`\n\n{(command.help or '').strip()}\n"
+        for parameter in command.params:
+            is_option = parameter.param_type_name == "option"
+            shown = parameter.opts[0] if is_option else parameter.metavar or parameter.name.upper()
+            if text := getattr(parameter, "help", None):
+                yield f"- `{shown}`: {text}"
+        yield ""
+        for verb, inner in getattr(command, "commands", {}).items():
+            yield from sections(f"{name} {verb}", inner)
+
+    verbs = get_command(app).commands.items()
+    return "\n".join(line for verb, command in verbs for line in sections(f"graftlm {verb}", command))
 
 
 def fill_in(app: object, page: str, source: list[str]) -> None:
