@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and scipy (items repeated instead of weighted), SQuAD's rules and entities against values worked out by hand."""
+"""Metrics against scikit-learn and scipy (items repeated, not weighted); SQuAD and entities worked out by hand."""
 
 from itertools import chain
 

@@ -62,9 +62,10 @@ def page_of(folder, result=None, **rows):
 def assert_inert(text, page):
     """Nothing that runs, nothing that is fetched."""
     assert {tag for tag, _, _ in page.elements} <= {
-        "html", "head", "meta", "title", "style", "body", "main", "header", "section", "footer", "h1", "h2", "p", "dl", "dt", "dd",
-        "div", "small", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td", "b", "bdi", "span", "code",
-        "details", "summary", "svg", "g", "path", "defs", "clippath", "rect", "text", "use", "image", "tspan",
+        "html", "head", "meta", "title", "style", "body", "main", "header", "section", "footer", "h1", "h2", "p",
+        "dl", "dt", "dd", "div", "small", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th",
+        "td", "b", "bdi", "span", "code", "details", "summary",
+        "svg", "g", "path", "defs", "clippath", "rect", "text", "use", "image", "tspan",
     }  # fmt: skip
     for tag, attributes, _ in page.elements:
         for name, value in attributes.items():
@@ -154,7 +155,7 @@ def test_a_large_heat_map_is_an_image(tmp_path):
 def test_a_run_with_nothing_but_a_result(tmp_path):
     bare = made_up_result(
         model=None, versions={}, licences=Licences(), selected_on=(),
-        scores=[score.model_copy(update={"majority": None, "standard": None, "gain": None}) for score in made_up_result().scores],
+        scores=[s.model_copy(update=dict.fromkeys(("majority", "standard", "gain"))) for s in made_up_result().scores],
     )  # fmt: skip
     text, page = page_of(tmp_path, bare, unfreezing=None, log=None, resolved=None)
     assert_inert(text, page)
@@ -224,7 +225,8 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path):
     cost = made_up_result().cost.model_copy(update={"device": HOSTILE})
     result = made_up_result(
         name=HOSTILE, model=HOSTILE, source=HOSTILE, task=HOSTILE, scores=scores, cost=cost, selected_on=(HOSTILE,),
-        versions={HOSTILE: HOSTILE}, licences=Licences(model=HOSTILE, data=HOSTILE, weights=HOSTILE), forgetting={HOSTILE: Interval(value=-0.1)},
+        versions={HOSTILE: HOSTILE}, licences=Licences(model=HOSTILE, data=HOSTILE, weights=HOSTILE),
+        forgetting={HOSTILE: Interval(value=-0.1)},
     )  # fmt: skip
     rows = [
         row | {"layer": f"{HOSTILE}.{row['layer']}", "kind": HOSTILE} for row in made_up_unfreezing(layers=3, steps=40)
@@ -247,7 +249,8 @@ def test_labels_in_scripts_that_matplotlib_has_no_glyphs_for(tmp_path):
 
 def test_names_of_layers_of_encoder_and_decoder_are_kept(tmp_path):
     rows = [
-        {"step": step, "layer": layer, "position": position, "trace": 0.1 + position, "open": True, "opened": step == 0, "kind": "exact", "examples": 8}
+        {"step": step, "layer": layer, "position": position, "trace": 0.1 + position, "open": True,
+         "opened": step == 0, "kind": "exact", "examples": 8}
         for step in (0, 5)
         for position, layer in enumerate(["embeddings", "encoder.0", "encoder.1", "decoder.0"])
     ]  # fmt: skip
@@ -295,13 +298,17 @@ def server():
 
 
 def in_chromium(path, port):
-    """The page's DOM once loaded; every host name leads to the server."""
+    """The page's DOM once loaded; every .example host is our server, the browser's own errands find nobody."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", f"--user-data-dir={path.parent / 'chromium'}", "--virtual-time-budget=2000"]
-    options += [f"--host-resolver-rules=MAP * 127.0.0.1:{port}", "--dump-dom"]
+    options += [
+        "--disable-component-update",
+        "--virtual-time-budget=2000",
+        f"--user-data-dir={path.parent / 'chromium'}",
+    ]
+    options += [f"--host-resolver-rules=MAP *.example 127.0.0.1:{port}, MAP * ~NOTFOUND", "--dump-dom"]
     done = subprocess.run([found, *options, path.as_uri()], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -155,7 +155,8 @@ def test_every_field_is_described():
 
 
 def test_reading_a_result_loads_neither_torch_nor_matplotlib():
-    code = "import graftlm.evaluation.result, sys; print({'torch', 'matplotlib', 'transformers', 'sklearn'} & {*sys.modules})"
+    heavy = {"torch", "matplotlib", "transformers", "sklearn"}
+    code = f"import graftlm.evaluation.result, sys; print({heavy} & {{*sys.modules}})"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
 

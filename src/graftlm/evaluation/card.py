@@ -1,4 +1,4 @@
-"""`README.md` of a run: the model card, with the hub's front matter, how to load the weights, scores, limits and licences."""
+"""`README.md` of a run: the model card, with front matter for the hub, how to load it, scores, limits and licences."""
 
 import json
 import re
@@ -50,7 +50,8 @@ def write_card(folder: str | Path) -> Path:
         _licences(result.licences),
         "Made with [graftlm](https://pypi.org/project/graftlm/) "
         + ", ".join(markdown_text(f"{package} {version}") for package, version in result.versions.items())
-        + ". The picture of the run is in `report.html`, the numbers for a program are in `result.json`, the recipe is in `recipe.yaml`.",
+        + ". The picture of the run is in `report.html`, the numbers for a program are in `result.json`,"
+        " the recipe is in `recipe.yaml`.",
     ]
     path = folder / FILE
     write_text(path, "\n\n".join(parts) + "\n")
@@ -150,8 +151,8 @@ def _limits(result: Result) -> str:
         f"Labels were seen in {markdown_text(language_name(result.source))} only."
         + (f" The scores in {shown} are zero-shot." if shown else "")
         + " Nothing is known of other languages, nor of text unlike that of the test sets.",
-        "The intervals say how much the score may move with other test items. They do not cover the seed of the training: this is one run"
-        f" (seed {result.seed}).",
+        "The intervals say how much the score may move with other test items. They do not cover the seed of the"
+        f" training: this is one run (seed {result.seed}).",
     ]
     if result.selected_on:
         chosen = ", ".join(markdown_text(language_name(tag)) for tag in result.selected_on)
@@ -171,5 +172,6 @@ def _licences(licences: Licences) -> str:
     rows = "\n".join(f"| {what} | {markdown_text(licence or 'unknown')} |" for what, licence in named)
     text = f"## Licences\n\n| what | licence |\n| --- | --- |\n{rows}"
     if None in (licences.model, licences.data, licences.weights):
-        text += "\n\nUnknown means that graftlm found no licence, not that there are no conditions: look before you hand these files on."
+        text += "\n\nUnknown means that graftlm found no licence, not that there are no conditions:"
+        text += " look before you hand these files on."
     return text

@@ -1,11 +1,12 @@
 """Metrics of labelled tasks, written as functions of *how often each item is counted*.
 
-A metric takes multiplicities ``w`` of shape (resamples, n) and returns one value per row. A row of ones is the score of the test set; rows drawn
-with replacement are the bootstrap (`graftlm.evaluation.transfer`), 2,000 of them in one matrix product instead of 2,000 calls. The tests hold every metric
-against scikit-learn, scipy or values computed by hand.
+A metric takes multiplicities ``w`` of shape (resamples, n) and returns one value per row. A row of ones is the score
+of the test set; rows drawn with replacement are the bootstrap (`graftlm.evaluation.transfer`), 2,000 of them in one
+matrix product instead of 2,000 calls. The tests hold every metric against scikit-learn, scipy or values computed by
+hand.
 
-A metric that is not defined on the items counted (a correlation with a constant, F1 where there is nothing to find and nothing was
-found) is NaN there and ``None`` in a result; nothing warns.
+A metric that is not defined on the items counted (a correlation with a constant, F1 where there is nothing to find and
+nothing was found) is NaN there and ``None`` in a result; nothing warns.
 """
 
 import re
@@ -64,8 +65,8 @@ def metrics_for(task: str, labels: Sequence | None = None) -> tuple[str, ...]:
 
     Args:
         task: one of `TASKS`.
-        labels: gold labels; only token classification looks at them. Tags that are all ``O`` or ``B-…``, ``I-…`` (also ``E``, ``S``, ``L``, ``U``) are
-            scored as entities, other tags (parts of speech) as tokens.
+        labels: gold labels; only token classification looks at them. Tags that are all ``O`` or ``B-…``, ``I-…`` (also
+            ``E``, ``S``, ``L``, ``U``) are scored as entities, other tags (parts of speech) as tokens.
 
     Raises:
         SetupError: the task has no labels to score against (language modelling) or is unknown.
@@ -87,8 +88,9 @@ def statistics(task: str, labels: Sequence, predictions: Sequence) -> dict[str, 
 
     Args:
         task: one of `TASKS`.
-        labels: n gold labels. classification: class names or ids. multi_label: 0/1 of shape (n, classes). regression: numbers.
-            token_classification: a list of tags per item. question_answering: an answer or a list of accepted answers per item (none: unanswerable).
+        labels: n gold labels. classification: class names or ids. multi_label: 0/1 of shape (n, classes). regression:
+            numbers. token_classification: a list of tags per item. question_answering: an answer or a list of accepted
+            answers per item (none: unanswerable).
         predictions: n predictions in the same form (question answering: one string each).
 
     Raises:
@@ -119,8 +121,9 @@ def statistics(task: str, labels: Sequence, predictions: Sequence) -> dict[str, 
 def majority(task: str, train_labels: Sequence, labels: Sequence) -> float | None:
     """Primary metric of whoever answers with the most frequent training label, whatever the text says.
 
-    Multi-label: the single most frequent label, for every item. Token classification: the most frequent tag, for every token. Ties go to the
-    label that sorts first. None where no such answer exists (question answering) or the metric is undefined for a constant (correlations).
+    Multi-label: the single most frequent label, for every item. Token classification: the most frequent tag, for every
+    token. Ties go to the label that sorts first. None where no such answer exists (question answering) or the metric
+    is undefined for a constant (correlations).
 
     >>> majority("classification", ["a", "b", "b"], ["a", "b", "a", "a"])
     0.25
@@ -165,7 +168,7 @@ def _mean(per_item: np.ndarray) -> Statistic:
 
 
 def _f1(hit: np.ndarray, guessed: np.ndarray, gold: np.ndarray, *, macro: bool) -> Statistic:
-    """F1 = 2·TP / (guessed + gold) from counts of shape (n, classes); a class neither guessed nor gold is left out of the macro mean."""
+    """F1 = 2·TP / (guessed + gold) from counts (n, classes); macro: over the classes that are guessed or gold."""
 
     def statistic(w: np.ndarray) -> np.ndarray:
         true_positives, both = w @ hit, w @ (guessed + gold)
@@ -288,8 +291,9 @@ def _are_entity_tags(tags: Iterable) -> bool:
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Entities (type, first token, last token) of IOB, IOB2, IOBES or BILOU tags, read as the CoNLL script reads them: an ``I-`` without a
-    ``B-`` before it opens an entity.
+    """Entities (type, first token, last token) of IOB, IOB2, IOBES or BILOU tags.
+
+    Read as the CoNLL script reads them: an ``I-`` without a ``B-`` before it opens an entity.
 
     >>> sorted(entities(["B-PER", "I-PER", "O", "I-LOC"]))
     [('LOC', 3, 3), ('PER', 0, 1)]
@@ -326,11 +330,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(answer: str) -> str:
-    """An answer as SQuAD's script compares it: lower case, without ASCII punctuation, without *a*, *an*, *the*, single spaces.
+    """An answer as SQuAD's script compares it: lower case, no ASCII punctuation, no *a*, *an*, *the*, single spaces.
 
-    The rules are English and are applied to every language, as XQuAD's published scores do. So articles of other languages count as words,
-    punctuation outside ASCII (``«``, ``¿``, ``。``) stays, and text without spaces (Chinese, Japanese, Thai) is one word: its F1 is its exact match. MLQA's
-    own script strips articles per language and splits Chinese into characters; its scores are not comparable to these.
+    The rules are English and are applied to every language, as XQuAD's published scores do. So articles of other
+    languages count as words, punctuation outside ASCII (``«``, ``¿``, ``。``) stays, and text without spaces (Chinese,
+    Japanese, Thai) is one word: its F1 is its exact match. MLQA's own script strips articles per language and splits
+    Chinese into characters; its scores are not comparable to these.
 
     >>> normalise("The  Quick, brown fox!")
     'quick brown fox'

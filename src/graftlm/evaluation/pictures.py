@@ -1,7 +1,8 @@
 """The report's pictures: matplotlib figures as inline SVG whose colours and fonts are the page's own.
 
-A figure is drawn in marker colours that no colour map has; they become CSS variables, so that one picture serves light, dark and paper.
-Each picture is drawn twice, for a wide page and for a phone, because text in a scaled picture cannot be read.
+A figure is drawn in marker colours that no colour map has; they become CSS variables, so that one picture serves
+light, dark and paper. Each picture is drawn twice, for a wide page and for a phone, because text in a scaled picture
+cannot be read.
 """
 
 import io
@@ -333,8 +334,8 @@ def curves(
             axes.text(0, 1.06, title, transform=axes.transAxes, color=MUTED, fontsize=12)
             if sum(len(series[0]) > 0 for series in panel) > 1:
                 axes.legend(
-                    loc="lower right", bbox_to_anchor=(1, 1.02), ncols=2, borderaxespad=0, borderpad=0.2, handlelength=1.4,
-                    columnspacing=1.2,
+                    loc="lower right", bbox_to_anchor=(1, 1.02), ncols=2, borderaxespad=0, borderpad=0.2,
+                    handlelength=1.4, columnspacing=1.2,
                 )  # fmt: skip
             axes.set_xlim(*end)
             axes.margins(y=0.12)

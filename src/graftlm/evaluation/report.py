@@ -1,4 +1,4 @@
-"""`report.html`: one file without a network that answers a person's questions about a run, in the order they come up."""
+"""`report.html`: one file, no network, that answers a person's questions about a run in the order they come up."""
 
 import statistics
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Reads only what lies there: ``result.json``, and where they exist ``unfreezing.jsonl``, ``log.jsonl`` and
-    ``recipe.resolved.yaml``. All text from them is escaped; the page carries a content security policy that lets it load nothing.
+    ``recipe.resolved.yaml``. All text from them is escaped; the page carries a content security policy that lets it
+    load nothing.
 
     Raises:
         DataError: no result, a result of another schema version, or a line that is not JSON.
@@ -59,6 +60,7 @@ def _page(folder: Path) -> dict[str, Any]:
     log = read_lines(folder / "log.jsonl")
     steps = result.cost.steps or None
     start = int(trace.steps[0]) if trace else 0
+    drawn = pictures.both_widths
     curve = pictures.curves(log, result.metric, (start, steps) if steps else None)
     return {
         "result": result,
@@ -67,17 +69,27 @@ def _page(folder: Path) -> dict[str, Any]:
         "summary": " ".join(summary(result)),
         "tiles": _tiles(result),
         "scores": _scores(result),
-        "scores_picture": result.scores and pictures.both_widths(pictures.scores(result), "scores", _scores_label(result)),
-        "has": {name: any(getattr(score, name) is not None for score in result.scores) for name in ("majority", "standard", "gain")},
-        "forgetting": [(language_name(key), *_parts(value, result, signed=True)) for key, value in (result.forgetting or {}).items()],
+        "scores_picture": drawn(pictures.scores(result), "scores", _scores_label(result)) if result.scores else None,
+        "has": {
+            name: any(getattr(score, name) is not None for score in result.scores)
+            for name in ("majority", "standard", "gain")
+        },
+        "forgetting": [
+            (language_name(key), *_parts(value, result, signed=True))
+            for key, value in (result.forgetting or {}).items()
+        ],
         "trace": trace,
-        "trace_picture": trace and pictures.both_widths(pictures.heat_map(trace, steps), "trace", _trace_label(trace)),
-        "trace_kind": ", ".join(f"{kind} ({_KINDS[kind]})" if kind in _KINDS else kind for kind in (trace.kinds if trace else ())),
-        "curves_picture": curve and pictures.both_widths(curve, "curves", _curves_label(log, result)),
+        "trace_picture": drawn(pictures.heat_map(trace, steps), "trace", _trace_label(trace)) if trace else None,
+        "trace_kind": ", ".join(_kind(kind) for kind in trace.kinds) if trace else "",
+        "curves_picture": drawn(curve, "curves", _curves_label(log, result)) if curve else None,
         "cost": _cost(result),
         "chosen": [setting for setting in settings if setting["origin"] != "default"],
         "defaults": [setting for setting in settings if setting["origin"] == "default"],
-    }  # fmt: skip
+    }
+
+
+def _kind(kind: str) -> str:
+    return f"{kind} ({_KINDS[kind]})" if kind in _KINDS else kind
 
 
 def _tiles(result: Result) -> list[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ class _Record(BaseModel):
 
 
 class Interval(_Record):
-    """A value and its 95 % interval; None where it is undefined (a correlation with a constant) or unknown (one item)."""
+    """A value and its 95 % interval; None where undefined (a correlation with a constant) or unknown (one item)."""
 
     value: Number = Field(description="the value; scores are fractions, not percent; null: undefined on these items")
     low: Number = Field(None, description="lower end of the 95 % bootstrap interval over items; null: unknown")
@@ -56,7 +56,7 @@ class Score(_Record):
     )
     gain: Interval | None = Field(
         None,
-        description="primary metric minus `standard`, positive is better; paired bootstrap over the same items; null: not run",
+        description="primary metric minus `standard`, positive is better; paired over the same items; null: not run",
     )
 
 
@@ -86,9 +86,11 @@ class Licences(_Record):
 class Result(_Record):
     """One run's result.
 
-    >>> score = Score(language="deu", n=120, is_source=False, metrics={"accuracy": Interval(value=0.61, low=0.52, high=0.70)})
+    >>> accuracy = Interval(value=0.61, low=0.52, high=0.70)
+    >>> score = Score(language="deu", n=120, is_source=False, metrics={"accuracy": accuracy})
     >>> cost = Cost(train_seconds=60, steps=100, trainable_parameters=10, total_parameters=100, device="cpu")
-    >>> result = Result(name="topics", task="classification", metric="accuracy", source="eng", seed=0, scores=[score], cost=cost)
+    >>> about = {"name": "topics", "task": "classification", "metric": "accuracy", "source": "eng", "seed": 0}
+    >>> result = Result(**about, scores=[score], cost=cost)
     >>> result.primary(result.scores[0]).value
     0.61
     """
@@ -109,7 +111,7 @@ class Result(_Record):
     scores: tuple[Score, ...] = Field(description="one entry per language and split")
     forgetting: dict[str, Interval] | None = Field(
         None,
-        description="per language or domain, change of what the model could do before; negative is loss; null: not measured",
+        description="per language or domain, change of what it could do before; negative: loss; null: not measured",
     )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")
@@ -120,7 +122,8 @@ class Result(_Record):
         """Read ``result.json`` of a run folder (or the file itself).
 
         Raises:
-            DataError: no such file, not JSON, another schema version, or fields that are missing, unknown or of the wrong type.
+            DataError: no such file, not JSON, another schema version, or fields that are missing, unknown or of the
+                wrong type.
         """
         path = Path(folder)
         path = path / FILE if path.is_dir() or path.suffix != ".json" else path

@@ -46,7 +46,8 @@ def summary(result: Result) -> list[str]:
         else:
             mean = statistics.fmean(result.primary(score).value for score in known)
             sentences.append(
-                f"In {count(len(known))} languages without labels it averages {with_unit(mean, result)}: best in {named[0]}, worst in {named[-1]}."
+                f"In {count(len(known))} languages without labels it averages {with_unit(mean, result)}:"
+                f" best in {named[0]}, worst in {named[-1]}."
             )
     gains = [score.gain for score in known if score.gain and score.gain.value is not None]
     if gains:
@@ -66,7 +67,8 @@ def _clear(gains: Sequence[Interval]) -> str:
             "lies above zero" if above else "lies below zero" if below else "includes zero"
         )
     if not above and not below:
-        return f"the 95 % interval of the gain includes zero in {'both' if len(gains) == 2 else f'all {count(len(gains))}'}"
+        every = "both" if len(gains) == 2 else f"all {count(len(gains))}"
+        return f"the 95 % interval of the gain includes zero in {every}"
     sides = [f"above zero in {above}"] * bool(above) + [f"below zero in {below}"] * bool(below)
     return f"the 95 % interval of the gain lies {' and '.join(sides)} of {len(gains)} languages"
 

@@ -81,7 +81,8 @@ def metric_of(name: str) -> Metric:
 def number(value: float | None, metric: Metric, *, signed: bool = False) -> str:
     """A score as it is printed: percent with one decimal, or three decimals; a real minus sign.
 
-    >>> number(0.6149, metric_of("accuracy")), number(-0.0123, metric_of("accuracy"), signed=True), number(None, metric_of("accuracy"))
+    >>> accuracy = metric_of("accuracy")
+    >>> number(0.6149, accuracy), number(-0.0123, accuracy, signed=True), number(None, accuracy)
     ('61.5', '−1.2', '–')
     """
     if value is None:
@@ -153,9 +154,9 @@ class ScoreTable:
             )
         kept = [i for i in range(len(columns)) if i < 3 or any(row[i] != MISSING for row in rows)]
         unit = "Percent; " if metric.percent else ""
-        caption = f"{unit}95 % bootstrap interval over items in brackets. The gain is paired with standard training on the same items."
-        if not any(score.gain for score in result.scores):
-            caption = f"{unit}95 % bootstrap interval over items in brackets."
+        caption = f"{unit}95 % bootstrap interval over items in brackets."
+        if any(score.gain for score in result.scores):
+            caption += " The gain is paired with standard training on the same items."
         return cls(tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
 
     def markdown(self) -> str:

@@ -1,4 +1,4 @@
-"""Scores in languages without labels, each with an interval, and the paired gain of one system over another on the same items."""
+"""Scores per language, each with an interval, and the paired gain of one system over another on the same items."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,19 +29,22 @@ def score(
         task: one of `graftlm.evaluation.metrics.TASKS`.
         labels: n gold labels, in the form `graftlm.evaluation.metrics.statistics` describes.
         predictions: n predictions.
-        seed: of the resampling. Two calls with the same seed and n draw the same items, so parallel test sets are resampled alike in every language.
+        seed: of the resampling. Two calls with the same seed and n draw the same items, so parallel test sets are
+            resampled alike in every language.
         resamples: B.
         confidence: of the interval.
 
     Returns:
-        metric → `Interval`, as fractions (not percent). ``low`` and ``high`` are None for a single item and where fewer than half of
-        the resamples define the metric; ``value`` is None where the metric is undefined on the test set itself.
+        metric → `Interval`, as fractions (not percent). ``low`` and ``high`` are None for a single item and where
+        fewer than half of the resamples define the metric; ``value`` is None where the metric is undefined on the test
+        set itself.
 
     Raises:
         DataError, SetupError: as `graftlm.evaluation.metrics.statistics`.
 
-    Source: Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), chapter 13. The interval covers the sampling of test items, not the seed of
-    the training. It is too narrow for a few dozen items, and has no width where every item is right.
+    Source: Efron and Tibshirani, *An Introduction to the Bootstrap* (1993), chapter 13. The interval covers the
+    sampling of test items, not the seed of the training. It is too narrow for a few dozen items, and has no width where
+    every item is right.
 
     >>> score("classification", ["a", "b"] * 50, ["a", "a", "b", "b"] * 25)["accuracy"].value
     0.5
@@ -73,15 +76,17 @@ def paired_gain(
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Interval:
-    """How much better `predictions` are than `reference` on the same items: positive is better, also for errors such as RMSE.
+    """How much better `predictions` are than `reference` on the same items: positive is better, also for RMSE.
 
-    Both are scored on the same resampled items, so what makes an item hard for both cancels: :math:`g(w) = m(w) - m_{ref}(w)`.
+    Both are scored on the same resampled items, so what makes an item hard for both cancels:
+    :math:`g(w) = m(w) - m_{ref}(w)`.
 
     Args:
         task, labels, predictions, seed, resamples, confidence: as in `score`.
         reference: n predictions of the reference for the same items in the same order.
         metric: one of the task's metrics; None is the primary one.
-        ids: n item ids of `predictions`; `reference_ids` those of `reference`. Where both are given they must be equal, in order.
+        ids: n item ids of `predictions`; `reference_ids` those of `reference`. Where both are given they must be
+            equal, in order.
 
     Raises:
         DataError: ids that differ, and all that `score` raises.
