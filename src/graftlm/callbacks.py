@@ -11,15 +11,15 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 class ProgressBar(ProgressCallback):
     """Transformers' bar with the last loss and metric behind it, instead of a line of text for every log entry."""
 
+    def __init__(self, max_str_len: int = 100):
+        super().__init__(max_str_len)
+        self._shown: dict[str, str] = {}
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {key: f"{value:.3g}" for key, value in (logs or {}).items() if key == "loss" or key == self._metric(args)}
-            self._shown = getattr(self, "_shown", {}) | shown
+            last = ("loss", args.metric_for_best_model)
+            self._shown |= {key: f"{value:.3g}" for key, value in (logs or {}).items() if key in last}
             self.training_bar.set_postfix(self._shown)
-
-    @staticmethod
-    def _metric(args) -> str | None:
-        return args.metric_for_best_model
 
 
 class TrainingClock(TrainerCallback, ExportableState):

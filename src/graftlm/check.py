@@ -24,8 +24,8 @@ class TextCheck:
 
     Attributes:
         items: items in the split.
-        tokens_per_word: tokens for each word between spaces; of little use in scripts without spaces. Text that two windows
-            share counts twice.
+        tokens_per_word: tokens for each word between spaces; of little use in scripts without spaces. Text that two
+            windows share counts twice.
         characters_per_token: the same the other way round, for every script.
         unknown: share of tokens that are the unknown token.
         truncated: share of items that lose text.

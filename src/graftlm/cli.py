@@ -32,8 +32,11 @@ recipes_app = typer.Typer(help="List the recipes that come with graftlm, or copy
 app.add_typer(recipes_app, name="recipes")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; `graftlm recipes` lists examples.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="training.learning_rate=5e-4 seed=1")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="seed=1 training.epochs=5 …")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
+OtherTests = Annotated[
+    list[str] | None, typer.Option(metavar="LANGUAGE=PATH", help="Another test set; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 _FIRST = os.environ.get("RANK", "0") == "0"  # under accelerate launch every process runs this, and one of them speaks
@@ -83,7 +86,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 
-def _show_warning(message: Any, category: Any, filename: str, line_number: int, file: Any = None, line: Any = None) -> None:
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     err.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
 
 
@@ -162,7 +165,8 @@ def _show_check(found: "Check") -> None:
         shares = f"{row.unknown:.2%}", f"{row.truncated:.2%}"
         table.add_row(row.split, row.language, str(row.items), str(row.windows), *ratios, *shares)
     out.print(table)
-    out.print(f"first training item: {found.example}\nits label:           {found.label}\n", markup=False, highlight=False)
+    first = f"first training item: {found.example}\nits label:           {found.label}\n"
+    out.print(first, markup=False, highlight=False)
 
     memory = found.memory
     out.print(
@@ -178,13 +182,15 @@ def _show_check(found: "Check") -> None:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()
 def evaluate(
     run: RunFolder,
-    test: Annotated[list[str] | None, typer.Option(metavar="LANGUAGE=PATH", help="Other test sets; may be repeated.")] = None,
+    test: OtherTests = None,
     as_json: Json = False,
 ) -> None:
     """Score a finished run on its own test sets, or on others; nothing is written."""
@@ -243,6 +249,7 @@ def copy(
     target = to or Path()
     target = target / f"{name}.yaml" if target.is_dir() else target
     if target.exists():
-        raise RecipeError("the file exists, and is not overwritten", found=target, fix=f"graftlm recipes copy {name} OTHER.yaml")
+        fix = f"graftlm recipes copy {name} OTHER.yaml"
+        raise RecipeError("the file exists, and is not overwritten", found=target, fix=fix)
     shutil.copyfile(known[name], target)
     out.print(str(target), highlight=False, markup=False)

@@ -38,7 +38,8 @@ class Split:
         ids: what predictions are filed under.
         texts: texts; lists of words in token classification; questions in question answering.
         texts_b: second texts of pairs; contexts in question answering.
-        labels: names (classification), lists of names (multi_label, token_classification), numbers (regression), Answers.
+        labels: names (classification), lists of names (multi_label, token_classification), numbers (regression) or
+            Answers (question_answering).
         names: label names in the order that the data set declares, where it does.
     """
 
@@ -109,8 +110,8 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
         role: train, dev or test; the split of a hub data set that names none is train, validation or test.
 
     Raises:
-        DataError: a file or data set that is missing or malformed, a missing column, an empty text, a label of the wrong
-            kind; with file and row.
+        DataError: a file or data set that is missing or malformed, a missing column, an empty text, a label of the
+            wrong kind; with file and row.
     """
     origin, rows, names = _rows(recipe, source, role)
     if not rows:
@@ -136,9 +137,8 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
         labels.append(read(_cell(row, columns.label, place, "data.label"), place, columns, names))
         ids.append(_cell(row, columns.id, place, "data.id") if columns.id else number)
         if recipe.task == "token_classification" and len(labels[-1]) != len(texts[-1]):
-            raise DataError(
-                f"{place}: as many labels as words are needed", found=f"{len(texts[-1])} words, {len(labels[-1])} labels"
-            )
+            counts = f"{len(texts[-1])} words, {len(labels[-1])} labels"
+            raise DataError(f"{place}: as many labels as words are needed", found=counts)
         if recipe.task == "question_answering":
             labels[-1] = _place_answers(labels[-1], row, texts_b[-1], place, columns, positions=role != "test")
     return Split(origin, ids, texts, texts_b if columns.text_b is not None else None, labels, names)
@@ -185,8 +185,7 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, name)
         return
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else _open(path)
-    with opened as file:
+    with _open(path) as file:
         try:
             yield from _read_csv(file, name) if path.name.endswith(".csv") else _read_jsonl(file, name)
         except UnicodeDecodeError as error:
@@ -196,6 +195,8 @@ def _read_file(path: Path, name: str) -> Iterator[Row]:
 
 
 def _open(path: Path) -> Any:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8")
     # a spreadsheet's CSV may begin with a byte order mark, which is no part of the first column's name
     return path.open(encoding="utf-8-sig", newline="")
 
@@ -207,7 +208,8 @@ def _read_jsonl(file: Any, name: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{name}, line {number}: this is not JSON: {error.msg}", found=line[:80].rstrip()) from error
+            shown = line[:80].rstrip()
+            raise DataError(f"{name}, line {number}: this is not JSON: {error.msg}", found=shown) from error
         if not isinstance(row, dict):
             raise DataError(f"{name}, line {number}: a line is one JSON object", found=line[:80].rstrip())
         yield row
@@ -246,7 +248,8 @@ def _from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[
     local = recipe.path(source.path)
     is_folder = local.is_dir()
     if not is_folder and (source.path.startswith((".", "/", "~")) or source.path.count("/") > 1):
-        raise DataError(f"data.{role}: there is no such file or folder", found=local, allowed=[f"…{end}" for end in FILE_TYPES])
+        endings = [f"…{ending}" for ending in FILE_TYPES]
+        raise DataError(f"data.{role}: there is no such file or folder", found=local, allowed=endings)
     split = source.split or HUB_SPLITS[role]
     try:
         loaded = datasets.load_dataset(
@@ -257,7 +260,7 @@ def _from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[
         raise DataError(
             f"data.{role}: the data set cannot be loaded: {first}",
             found=f"{source.path}, config {source.config}, split {split}",
-            fix=f"data.{role}: {{path: OWNER/NAME, config: …, split: …}}, or a file that ends in {', '.join(FILE_TYPES)}",
+            fix=f"data.{role}: {{path: OWNER/NAME, config: …, split: …}}, or a file ({', '.join(FILE_TYPES)})",
         ) from error
     feature = loaded.features.get(recipe.data.label)
     inner = getattr(feature, "feature", feature)  # a list of class labels
@@ -294,7 +297,8 @@ def _name(value: Any, place: str, columns: Data, names: tuple[str, ...] | None) 
         raise DataError(f"{place}: there is no label in column {columns.label!r}", found=repr(value))
     if names is not None and isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(names):
-            raise DataError(f"{place}: a label id that stands for no class", found=value, allowed=f"0 to {len(names) - 1}")
+            allowed = f"0 to {len(names) - 1}"
+            raise DataError(f"{place}: a label id that stands for no class", found=value, allowed=allowed)
         return names[value]
     if not isinstance(value, str | int):
         fix = "task: regression" if isinstance(value, float) else "data.label: NAME OF THE COLUMN"
@@ -335,9 +339,7 @@ def _answers(value: Any, place: str, columns: Data, names: tuple[str, ...] | Non
     )
 
 
-def _place_answers(
-    answers: Answers, row: Row, context: str, place: str, columns: Data, *, positions: bool
-) -> Answers:
+def _place_answers(answers: Answers, row: Row, context: str, place: str, columns: Data, *, positions: bool) -> Answers:
     starts = answers.starts
     if starts is None and columns.answer_start is not None:
         value = _cell(row, columns.answer_start, place, "data.answer_start")
@@ -352,7 +354,8 @@ def _place_answers(
             fix="data.answer_start: NAME OF THE COLUMN, or answers as {text: […], answer_start: […]}",
         )
     if starts is not None and len(starts) != len(answers.texts):
-        raise DataError(f"{place}: answers and positions differ in number", found=f"{len(answers.texts)} and {len(starts)}")
+        counts = f"{len(answers.texts)} and {len(starts)}"
+        raise DataError(f"{place}: answers and positions differ in number", found=counts)
     for text, start in zip(answers.texts, starts or (), strict=False):
         if context[start : start + len(text)] != text:
             raise DataError(

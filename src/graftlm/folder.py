@@ -95,7 +95,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                 where, trust_remote_code=False, add_prefix_space=True
             )
     if not tokenizer.is_fast:
-        raise ModelError("graftlm needs a fast tokenizer: offsets and words come from it", found=type(tokenizer).__name__)
+        raise ModelError("graftlm needs a fast tokenizer, for offsets and words", found=type(tokenizer).__name__)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -153,7 +153,8 @@ def _fresh_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]
     chosen: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(remove_duplicate=False)]
-        if name and own and all(key in missing for key in own) and not any(name.startswith(f"{one}.") for one in chosen):
+        inside = any(name.startswith(f"{one}.") for one in chosen)
+        if name and own and not inside and missing.issuperset(own):
             chosen.append(name)
     return tuple(chosen)
 
@@ -205,7 +206,9 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     prefixes = tuple(f"{layer.name}." for layer in describe(model).layers)
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    return [(name, part) for name, part in model.named_modules() if name.startswith(prefixes) and isinstance(part, kinds)]
+    return [
+        (name, part) for name, part in model.named_modules() if name.startswith(prefixes) and isinstance(part, kinds)
+    ]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from graftlm.recipe import Recipe
 
 
 def licences(recipe: Recipe) -> dict[str, str | None]:
-    """Licences of model, data and weights: what the recipe says, else what the cards beside local files say, else None."""
+    """Licences of model, data and weights: from the recipe, else from the cards beside local files, else None."""
     model, data = recipe.licences.model, recipe.licences.data
     if model is None:
         model = _in_card(Path(locate(recipe)))

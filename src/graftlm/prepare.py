@@ -50,7 +50,8 @@ _OWN_KEYS = {
     "hub_model_id": "output.push_to_hub",
     "hub_private_repo": "output.private",
     **dict.fromkeys(
-        ("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "data.dev"
+        ("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "data.dev",
     ),
     **dict.fromkeys(("label_names", "remove_unused_columns", "resume_from_checkpoint", "save_only_model"), None),
 }
@@ -139,7 +140,13 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
 
 
 def make_trainer(
-    model: Any, arguments: TrainingArguments, task: Task, tokenizer: PreTrainedTokenizerBase, *, progress: bool, **kwargs: Any
+    model: Any,
+    arguments: TrainingArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool,
+    **kwargs: Any,
 ) -> Trainer:
     """A Trainer for one of our tasks."""
     trainer = Trainer(
@@ -149,8 +156,8 @@ def make_trainer(
         preprocess_logits_for_metrics=_only_logits(task),
         **kwargs,
     )
-    # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that they do,
-    # it leaves out the division by the accumulation steps (transformers#47688)
+    # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that
+    # they do, it leaves out the division by the accumulation steps (transformers#47688)
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     if progress:
@@ -196,14 +203,16 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
         "run_name": recipe.name,
         "label_names": list(task_for(recipe).label_names),
         "disable_tqdm": not progress,
-        "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU there is nothing to pin for, and torch warns
+        "dataloader_pin_memory": torch.cuda.is_available(),  # else there is nothing to pin for, and torch warns
         # frozen layers take no part in the backward pass; DDP has to know that this may happen
         "ddp_find_unused_parameters": True if recipe.unfreezing or recipe.adapter.method != "none" else None,
     }
     try:
         return TrainingArguments(**values | recipe.training.arguments)
     except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"transformers refuses the training arguments: {error}", found=recipe.training.arguments) from error
+        raise RecipeError(
+            f"transformers refuses the training arguments: {error}", found=recipe.training.arguments
+        ) from error
 
 
 def _check_arguments(recipe: Recipe) -> None:
@@ -262,7 +271,7 @@ def planned_steps(arguments: TrainingArguments, examples: int) -> int:
 
 
 def _interval(recipe: Recipe, loaded: Loaded, steps: int) -> int | None:
-    """`unfreezing.every_n_steps` in steps. auto: half of the run is scheduled, so each interval is steps / (2 · layers)."""
+    """`unfreezing.every_n_steps` in steps. auto: half of the run is scheduled, an interval is steps / (2 · layers)."""
     unfreezing = recipe.unfreezing
     if unfreezing is None:
         return None

@@ -2,7 +2,8 @@
 
     recipe = graftlm.load_recipe("topics.yaml", ["training.learning_rate=5e-4", "seed=1"])
 
-Reading is strict: YAML 1.2, unknown keys and wrong types are errors that name the line, and every value remembers where it came from.
+Reading is strict: YAML 1.2, unknown keys and wrong types are errors that name the line, and every value remembers where
+it came from.
 """
 
 import json
@@ -29,7 +30,13 @@ from graftlm import recipe_errors, yaml_lines
 from graftlm.errors import RecipeError
 
 TaskName = Literal[
-    "classification", "multi_label", "regression", "token_classification", "question_answering", "causal_lm", "masked_lm"
+    "classification",
+    "multi_label",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "causal_lm",
+    "masked_lm",
 ]
 Schedule = Literal["standard", "gradual", "reverse", "random", "fixed", "lpft", "fisher"]
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -275,7 +282,9 @@ class Recipe(_Model):
 
     def changed(self, *overrides: str) -> "Recipe":
         """The same recipe with `key=value` overrides on top."""
-        return _build(self.values(), overrides, text=self._text, base=self._base, file=self._file, origins=self._origins)
+        return _build(
+            self.values(), overrides, text=self._text, base=self._base, file=self._file, origins=self._origins
+        )
 
     def relocated(self, folder: Path) -> "Recipe":
         """The same recipe with its relative paths seen from `folder`, so that a copy of it there works too."""
@@ -303,13 +312,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         overrides: `key=value` with dots between keys (`training.learning_rate=1e-4`); the value is YAML.
 
     Raises:
-        RecipeError: a file that is missing or no YAML 1.2, an unknown key (with the nearest known one), a wrong type or a value
-            that is not allowed; each with `file:line`.
+        RecipeError: a file that is missing or no YAML 1.2, an unknown key (with the nearest known one), a wrong type or
+            a value that is not allowed; each with `file:line`.
 
     Example:
         >>> from graftlm.recipe import load_recipe, shipped
         >>> recipe = load_recipe(shipped()["demo"], ["training.learning_rate=1e-4"])
-        >>> recipe.training.learning_rate, recipe.origin("training.learning_rate"), recipe.origin("training.weight_decay")
+        >>> recipe.training.learning_rate, recipe.origin("training.learning_rate"), recipe.origin("training.stride")
         (0.0001, 'override', 'default')
     """
     file = Path(path)
@@ -360,4 +369,6 @@ def _build(
 def _refuse_non_finite(values: dict[str, Any], file: str, origins: dict[yaml_lines.Path_, str]) -> None:
     for path, value in yaml_lines.flatten(values):
         if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{recipe_errors.place(path, file, origins)}: {'.'.join(path)} is not a finite number", found=value)
+            raise RecipeError(
+                f"{recipe_errors.place(path, file, origins)}: {'.'.join(path)} is not a finite number", found=value
+            )

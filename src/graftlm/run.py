@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
         progress: whether a bar is shown.
 
     Returns:
-        The run's result with these scores in place of its own; nothing is written. Reference points are kept where the test
-        sets are the run's own.
+        The run's result with these scores in place of its own; nothing is written. Reference points are kept where the
+        test sets are the run's own.
     """
     folder = Path(folder)
     model, tokenizer = load(folder, tokenizer=True)
@@ -117,14 +118,17 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     if tests is None:
         splits = {language: load_split(recipe, source, "test") for language, source in recipe.data.test.items()}
     else:
-        here = recipe.relocated(Path())  # the given paths start from the working folder, the recipe's own from its folder
+        here = recipe.relocated(Path())  # the given paths start from the working folder
         splits = {language: load_split(here, Source(path=path), "test") for language, path in tests.items()}
-    arguments = training_arguments(recipe.changed("output.report_to=none"), folder, progress=progress)
-    trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
-    scored = {
-        language: Scored(split, predict(trainer, task, checked(task, split), tokenizer, recipe))
-        for language, split in splits.items()
-    }
+    # without a dev split there is no evaluation to prepare, and the Trainer's folder is nobody's
+    bare = recipe.changed("data.dev=null", "output.report_to=none")
+    with tempfile.TemporaryDirectory() as nowhere:
+        arguments = training_arguments(bare, Path(nowhere), progress=progress)
+        trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
+        scored = {
+            language: Scored(split, predict(trainer, task, checked(task, split), tokenizer, recipe))
+            for language, split in splits.items()
+        }
     scores = _scores(recipe, task, scored, train, None)
     if tests is None:
         old = {one.language: one for one in result.scores}
@@ -147,7 +151,7 @@ def predict(trainer: Trainer, task: Task, split: Split, tokenizer: Any, recipe: 
 
 
 def _finished(recipe: Recipe, folder: Path) -> bool:
-    """Whether the folder holds this recipe's finished run; an error where it holds anything else than this recipe's run."""
+    """Whether the folder holds this recipe's finished run; an error where it holds anything else."""
     if not (folder / RESOLVED).is_file():
         if folder.exists() and any(file.name != CHECKPOINTS and file.name[0] != "." for file in folder.iterdir()):
             raise RecipeError("the run folder exists and holds no run", found=folder, fix="name=ANOTHER_NAME")
@@ -177,8 +181,9 @@ def _train(prepared: Prepared, folder: Path) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         prepared.stop.restore()
-    if prepared.stop.stopped and trainer.state.global_step < prepared.steps:
-        log.info("stopped at step %s of %s; the same command goes on from there", trainer.state.global_step, prepared.steps)
+    step = trainer.state.global_step
+    if prepared.stop.stopped and step < prepared.steps:
+        log.info("stopped at step %s of %s; the same command goes on from there", step, prepared.steps)
         raise KeyboardInterrupt
 
 
@@ -230,7 +235,8 @@ def _scores(
     recipe: Recipe, task: Task, scored: Mapping[str, Scored], train: Split, reference: Path | None
 ) -> list[Score]:
     standard = _reference_predictions(reference) if reference else {}
-    before = {one.language: Result.read(reference).primary(one) for one in Result.read(reference).scores} if reference else {}
+    theirs = Result.read(reference) if reference else None
+    before = {one.language: theirs.primary(one) for one in theirs.scores} if theirs else {}
     scores = []
     for language, one in scored.items():
         gold, said = task.gold(one.split.labels), task.gold([prediction.value for prediction in one.predictions])
@@ -300,7 +306,7 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
             trainable_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
             total_parameters=sum(p.numel() for _, p in parameters),
             peak_memory_bytes=_peak_memory(trainer.args),
-            device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else str(trainer.args.device.type),
+            device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         ),
         versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         licences=Licences(**licences(recipe)),

@@ -226,8 +226,9 @@ class Answering(Task):
         lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
         room = training.max_length - tokenizer.num_special_tokens_to_add(pair=True) - training.stride
         if max(lengths) >= room:
+            row = items[int(np.argmax(lengths))] + 1
             raise RecipeError(
-                f"{split.origin}, row {items[int(np.argmax(lengths))] + 1}: the question leaves no room for its context",
+                f"{split.origin}, row {row}: the question leaves no room for its context",
                 found=f"a question of {max(lengths)} tokens, training.max_length {training.max_length}",
                 fix=f"training.max_length={2 * (max(lengths) + training.stride)}",
             )

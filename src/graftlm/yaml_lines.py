@@ -46,7 +46,7 @@ def read(text: str, name: str) -> tuple[dict[str, Any], dict[Path_, int]]:
         raise RecipeError(f"{name}: this is not YAML 1.2: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values", found=type(values).__name__)
-    return values, {path: line for path, line in _lines(node, ())}
+    return values, dict(_lines(node, ()))
 
 
 def _lines(node: Node, path: Path_) -> Iterator[tuple[Path_, int]]:
@@ -151,7 +151,7 @@ def read_file(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError("there is no such recipe", found=file, fix="graftlm recipes (lists those of graftlm)") from error
+        raise RecipeError("there is no such recipe", found=file, fix="graftlm recipes") from error
     except IsADirectoryError as error:
         raise RecipeError("a recipe is a YAML file, and this is a folder", found=file) from error
     except UnicodeDecodeError as error:
