@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "graftlm"
@@ -69,12 +70,12 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
 
 def test_the_constraints_fit_the_declared_ranges():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     extras = PROJECT["optional-dependencies"]
     for text in [*PROJECT["dependencies"], *extras["test"], *extras["docs"], *extras["dev"][1:]]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name.lower()]), text
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
 def test_no_path_or_address_of_a_machine_in_the_constraints():
