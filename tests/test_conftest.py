@@ -2,6 +2,7 @@
 
 import socket
 
+import jaxtyping
 import pytest
 import torch
 from tiny import ARCHITECTURES, TASKS, available, tiny_batch, tiny_model, tiny_tokenizer
@@ -18,6 +19,13 @@ def test_loopback_stays_open():
         client.sendall(b"x")
         with server.accept()[0] as accepted:
             assert accepted.recv(1) == b"x"
+
+
+def test_annotations_of_the_measures_are_enforced():
+    from graftlm.measure.fisher import fisher_trace
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        fisher_trace("no module", [], {}, task="classification")
 
 
 @pytest.mark.parametrize("task", TASKS)
