@@ -146,7 +146,7 @@ def _stacks(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
         raise ModelError(
             "This model has several stacks of layers, and which of them is meant is not clear.",
             found=_lengths(found),
-            fix=f'name them, bottom first, for example layers=["{bare_name(next(iter(found)))}.*"]',
+            fix="name the layers: " + " or ".join(f'layers=["{bare_name(name)}.*"]' for name in found),
         )
     return {part: _entries(parts[part], found[parts[part]]) for part in ("encoder", "decoder")}
 
