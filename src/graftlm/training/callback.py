@@ -40,7 +40,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
 
     Attributes:
         history: one row for each layer at each step with a decision or a measurement: step, layer, position (0 =
-            bottom), trace, standard_error, open (after this step's decision), opened (at this very step), kind, examples.
+            bottom), trace, standard_error, open (after this step's decision), opened (at this very step), kind,
+            examples.
         layer_names: the layers, bottom first; known once training has begun.
         trace_seconds: what the trace passes took.
 
@@ -49,9 +50,9 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
             layer; openings beyond the run's end; DDP without unused-parameter detection or with a static graph; FSDP1
             without use_orig_params; FSDP with tr(F); DeepSpeed; a checkpoint of another schedule.
 
-    Everything that is ever to train must require gradients when the Trainer is made: its optimizer and DDP take no other
-    parameters. This callback freezes once training begins and leaves the model trainable when it ends. A run that is
-    resumed from a checkpoint goes on with the saved decisions.
+    Everything that is ever to train must require gradients when the Trainer is made: its optimizer and DDP take no
+    other parameters. This callback freezes once training begins and leaves the model trainable when it ends. A run that
+    is resumed from a checkpoint goes on with the saved decisions.
 
     Differs from the paper in: see `graftlm.Unfreezer` and `graftlm.fisher_trace`. In addition, the size of the sample
     follows from the length of the run, where the release takes 41 batches; when one frozen layer is left it is opened
@@ -109,6 +110,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         self._forget()
 
     def _forget(self) -> None:
+        self._input_gradients: list[PreTrainedModel] = []
         self.history: list[dict] = []
         self.layer_names: tuple[str, ...] = ()
         self.trace_seconds = 0.0
@@ -149,13 +151,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
                 "so frozen layers save no time in the backward pass",
                 stacklevel=2,
             )
-        elif self._arguments["schedule"] != "standard" and _gradients_reach_the_input(model):
-            warnings.warn(
-                "the model was made to pass gradients down to its input embeddings (enable_input_require_grads), so frozen "
-                "layers save no time; switch checkpointing on through TrainingArguments(gradient_checkpointing=True, "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}) instead of on the model",
-                stacklevel=2,
-            )
+        elif self._arguments["schedule"] != "standard":
+            self._input_gradients = _without_input_gradients(model)
         self._probe = None
         if self._trace_passes(state):
             _check_traceable()
@@ -180,6 +177,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._unfreezer.release()
+        for module in self._input_gradients:
+            module.enable_input_require_grads()
         if self._probe is not None and state.is_world_process_zero and not args.disable_tqdm:
             passes = len({row["step"] for row in self.history if row["trace"] is not None})
             tqdm.write(
@@ -271,8 +270,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
             return
         if count == 1:
             warnings.warn(
-                f"only one layer is trainable ({self.layer_names[0]}), so there is nothing to schedule; make more layers "
-                "trainable (LoraConfig(layers_to_transform=None)) or leave the callback out",
+                f"only one layer is trainable ({self.layer_names[0]}), so there is nothing to schedule; make more "
+                "layers trainable (LoraConfig(layers_to_transform=None)) or leave the callback out",
                 stacklevel=2,
             )
         last = self._unfreezer.plan[-1][0]
@@ -289,8 +288,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
             )
         if needed > max_steps:
             warnings.warn(
-                f"the last layer opens at step {last} and trains for {max_steps - last} of {max_steps} steps, less than one "
-                f"interval; the paper's schedules end well before the run does: {fix} or less",
+                f"the last layer opens at step {last} and trains for {max_steps - last} of {max_steps} steps, less "
+                f"than one interval; the paper's schedules end well before the run does: {fix} or less",
                 stacklevel=2,
             )
 
@@ -300,7 +299,7 @@ def _check_distributed(args, model) -> None:
     kind = PartialState().distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise SetupError(
-            "scheduled unfreezing has not been tested under DeepSpeed, whose optimizer fixes its parameters at the start",
+            "scheduled unfreezing has not been tested under DeepSpeed, which fixes its parameters at the start",
             found="DeepSpeed",
             allowed="one device, DDP, FSDP2",
         )
@@ -314,13 +313,14 @@ def _check_distributed(args, model) -> None:
             )
     if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
         found = args.ddp_find_unused_parameters
-        checkpointing = args.gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
+        checkpointing = _checkpointing(args, model)
         if found is False or (found is None and isinstance(model, PreTrainedModel) and checkpointing):
             raise SetupError(
                 "DDP waits for the gradients of frozen layers unless it looks for unused parameters",
-                found=f"ddp_find_unused_parameters={found}" + (" with gradient checkpointing" if found is None else ""),
+                found=f"ddp_find_unused_parameters={found}"
+                + (" with activation checkpointing" if checkpointing else ""),
                 fix="TrainingArguments(ddp_find_unused_parameters=True, "
-                "gradient_checkpointing_kwargs={'use_reentrant': False})",
+                "activation_checkpointing_kwargs={'use_reentrant': False})",
             )
         if getattr(args, "ddp_static_graph", None):
             raise SetupError(
@@ -328,6 +328,12 @@ def _check_distributed(args, model) -> None:
                 found="ddp_static_graph=True",
                 fix="ddp_static_graph=False",
             )
+
+
+def _checkpointing(args, model) -> bool:
+    """transformers calls it activation checkpointing from 5.23 on, gradient checkpointing before."""
+    said = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    return bool(said or getattr(model, "is_activation_checkpointing", False))
 
 
 def _check_traceable() -> None:
@@ -340,5 +346,27 @@ def _check_traceable() -> None:
         )
 
 
-def _gradients_reach_the_input(model) -> bool:
-    return any(getattr(module, "_require_grads_hook", None) is not None for module in model.modules())
+def _without_input_gradients(model) -> list[PreTrainedModel]:
+    """Stops backward passes that go down to the embeddings below frozen layers, where that changes no gradient.
+
+    Activation checkpointing makes the embeddings' output require gradients, which its reentrant kind needs and the
+    other one does not.
+    """
+    found = [m for m in model.modules() if getattr(m, "_require_grads_hook", None) is not None]
+    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    reentrant = [m for m in checkpointing if m._gradient_checkpointing_func.keywords.get("use_reentrant") is not False]
+    if found and (reentrant or not checkpointing):
+        warnings.warn(
+            "the model passes gradients down to its input embeddings (enable_input_require_grads), so frozen layers "
+            "save no time: "
+            + (
+                "use activation_checkpointing_kwargs={'use_reentrant': False}, which needs no such gradients"
+                if checkpointing
+                else "call disable_input_require_grads() on it if nothing below the adapters is to train"
+            ),
+            stacklevel=2,
+        )
+        return []
+    for module in found:
+        module.disable_input_require_grads()
+    return found

@@ -70,15 +70,16 @@ class Unfreezer:
     differs from both: (1) its top adapter is open from step 0 on, so that FUN's first choice is made for it; (2) its
     gradual schedule opens one interval later than FUN and random; (3) mode labels instead of sampled ones, and the
     squared gradient of the batch mean; (4) the pooler is frozen with the base model. What an untrained adapter's trace
-    measures: with LoRA's B = 0 the gradient in A is 0, so tr(F) comes from B alone and says mostly how strong the signal
-    is that reaches this layer from above.
+    measures: with LoRA's B = 0 the gradient in A is 0, so tr(F) comes from B alone and says mostly how strong the
+    signal is that reaches this layer from above.
 
     Example:
         >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> model = BertForSequenceClassification(
-        ...     BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=10)
+        >>> config = BertConfig(
+        ...     num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=10
         ... )
+        >>> model = BertForSequenceClassification(config)
         >>> model.bert.embeddings.requires_grad_(False)  # doctest: +ELLIPSIS
         BertEmbeddings(...)
         >>> optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -144,7 +145,7 @@ class Unfreezer:
         return tuple(opened)
 
     def apply(self) -> None:
-        """Sets `requires_grad` of every layer again: PEFT's disable_adapter() and set_adapter() thaw what was frozen."""
+        """Sets `requires_grad` of every layer again: PEFT's disable_adapter() and set_adapter() thaw what is frozen."""
         for name, parameters in self._parameters.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in self.opened)
