@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 from torch import nn
 
 from graftlm.errors import SetupError
 from graftlm.measure.fisher import FisherTrace, fisher_trace
 from graftlm.measure.likelihood import KINDS
+from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 
 TASK = {"sequence_classification": "classification"}
 PAIRS = [
@@ -104,7 +104,9 @@ def test_lora_equals_a_loop_over_single_examples(architecture, head):
     found = fisher_trace(model, [batch], groups, task=task, kind="empirical")
     wanted = brute_force(model, batch, groups, task, gold)
     close(found.traces, wanted)
-    assert found.examples == 4 and len(wanted) >= 3 and min(wanted.values()) > 0
+    assert found.examples == 4
+    assert len(wanted) >= 3
+    assert min(wanted.values()) > 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -281,7 +283,8 @@ def test_nothing_of_the_pass_stays_behind():
         fisher_trace(model, [tiny_batch("bert")], groups, task="classification")
     for name, p in model.named_parameters():
         assert p.grad is None
-        assert p.requires_grad == before[0][name][0] and torch.equal(p, before[0][name][1])
+        assert p.requires_grad == before[0][name][0]
+        assert torch.equal(p, before[0][name][1])
     assert {n: m.training for n, m in model.named_modules()} == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert (np.random.get_state()[1] == before[3]).all()
@@ -295,7 +298,8 @@ def test_state_is_restored_after_an_error():
         p.requires_grad_(False)
     with pytest.raises(IndexError):
         fisher_trace(model, [{"input_ids": torch.full((2, 5), 10**6)}], groups, task="classification")
-    assert model.training and not any(p.requires_grad for p in groups["0"])
+    assert model.training
+    assert not any(p.requires_grad for p in groups["0"])
     assert all(not m._forward_hooks for m in model.modules())
 
 

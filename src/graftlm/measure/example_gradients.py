@@ -1,7 +1,6 @@
 """Squared norms of per-example gradients, from one forward and backward pass of the whole batch."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -41,7 +40,7 @@ class ExampleGradients:
         self._handles: list = []
         self.unseen: list[nn.Parameter] = list(parameters)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ExampleGradients":
         for module in dict.fromkeys(self._owner.values()):
             if isinstance(module, nn.Embedding):
                 self._handles.append(module.register_forward_pre_hook(self._expand))

@@ -1,8 +1,8 @@
 r"""What a model predicts, as log p(y|x), and the directions in which its Fisher information is measured.
 
 Every kind of Fisher trace is :math:`\sum_v \lVert J^\top v \rVert^2` with J the Jacobian of the logits and v a few
-directions at the logits. For a categorical distribution :math:`\nabla_z \log p(y) = e_y - p`, so a sampled, modal or gold
-label is one direction, and the exact expectation is the directions :math:`\sqrt{p_c}\,(e_c - p)`.
+directions at the logits. For a categorical distribution :math:`\nabla_z \log p(y) = e_y - p`, so a sampled, modal or
+gold label is one direction, and the exact expectation is the directions :math:`\sqrt{p_c}\,(e_c - p)`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +116,7 @@ class Prediction:
         return self.targets
 
     def _draws(self, method: str, keys: Sequence[tuple[int, ...]]) -> Tensor:
-        """(examples, predictions, 1): the j-th prediction of an example gets its generator's j-th draw, padded or not."""
+        """(examples, predictions, 1): an example's j-th prediction gets its generator's j-th draw, padded or not."""
         draws = np.zeros(self.mask.shape)
         mask = self.mask.cpu().numpy()
         for row, key in enumerate(keys):
