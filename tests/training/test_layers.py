@@ -1,5 +1,6 @@
 """The grouping of what trains, held against the autograd graph, which knows nothing of names."""
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -114,6 +115,39 @@ def test_only_what_trains_now_is_grouped():
     assert found.names == ("layer.0", "layer.2")
     assert [name for name, _ in found.head] == ["classifier.weight", "classifier.bias"]
     assert found.tied == ()
+
+
+PEFT_METHODS = {
+    "DoRA": peft.LoraConfig(use_dora=True, r=2, target_modules=["query", "dense"]),
+    "AdaLoRA": peft.AdaLoraConfig(total_step=10, init_r=4, target_r=2, target_modules=["query", "value"]),
+    "IA3": peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),
+    "OFT": peft.OFTConfig(oft_block_size=4, target_modules=["query", "value"], use_cayley_neumann=False),
+    "VeRA": peft.VeraConfig(r=2, target_modules=["query", "value"]),
+    "layer norms": peft.LNTuningConfig(target_modules=["LayerNorm"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's, of its own LN tuning
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_other_methods_of_peft(method):
+    model = get_peft_model(tiny_model("bert", dropout=0.0), PEFT_METHODS[method])
+    found = trainable_layers(model)
+    groups = {name: {id(parameter) for _, parameter in entries} for name, entries in found.parameters.items()}
+    below, expected = truth(model, tiny_batch("bert"))
+    expected = {"embeddings": below, **expected} if below else expected
+    assert groups == expected
+    assert sum(len(group) for group in found.parameters.values()) + len(found.head) == sum(
+        parameter.requires_grad for parameter in model.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [peft.PromptTuningConfig(num_virtual_tokens=2), peft.PrefixTuningConfig(num_virtual_tokens=2)]
+)
+def test_prompts_are_no_layers(config):
+    config.task_type = TaskType.SEQ_CLS
+    with pytest.raises(SetupError, match="prompt_encoder"):
+        trainable_layers(get_peft_model(tiny_model("bert"), config))
 
 
 @pytest.mark.parametrize("layer", [1, 2])
