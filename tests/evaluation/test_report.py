@@ -15,6 +15,7 @@ from graftlm.errors import DataError
 from graftlm.evaluation.pictures import Trace
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.result import Interval, Licences
+from graftlm.evaluation.summary import summary
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = "<script>alert('x')</script>\"'><img src=//evil.example/x onerror=alert(1)>&amp;$x_1$\u202egnp.exe\u2066"
@@ -193,7 +194,7 @@ def test_undefined_values_and_metrics_that_are_not_percent(tmp_path):
     )
     assert_inert(text, page)
     assert "best in French (0.750), worst in German (1.250)" in page.flat(), "the smaller error is the better one"
-    assert "−0.250 on average; the 95 % interval of the gain lies below zero in 2 of 2 languages" in page.flat()
+    assert "is −0.250 on average; its 95 % interval lies below zero in 2 of 2 languages" in page.flat()
     assert "nan" not in page.flat().lower().split()
 
 
@@ -204,6 +205,59 @@ def test_a_schedule_without_a_trace_shows_what_was_open(tmp_path, trace):
     assert_inert(text, page)
     assert "record_trace" in page.flat() and "tr(F) =" not in page.flat()
     assert "Chart of frozen and unfrozen layers" in page.all("svg")[2]["aria-label"]
+
+
+def test_standard_training_without_a_trace_has_no_picture_of_its_layers(tmp_path):
+    rows = [row | {"trace": None, "open": True, "opened": row["step"] == 0} for row in made_up_unfreezing(steps=20)]
+    _, page = page_of(tmp_path, unfreezing=rows)
+    assert len(page.all("svg")) == 4 and "When did each layer train?" not in page.flat()
+
+
+def test_a_decision_without_a_measurement_is_no_gap(tmp_path):
+    """The last layer is opened without measuring: there is nothing to choose between."""
+    rows = made_up_unfreezing(layers=3, steps=60)
+    kept, _ = page_of(tmp_path / "a", unfreezing=[row for row in rows if row["step"] != 40])
+    without = [row | {"trace": None, "kind": None, "examples": 0} if row["step"] == 40 else row for row in rows]
+    gap, _ = page_of(tmp_path / "b", unfreezing=without)
+    colours = [
+        re.findall(r"fill: (#\w{6})", re.search(r'<g id="trace-wide-cells">(.*?)</g>', text, re.S)[1])
+        for text in (kept, gap)
+    ]
+    assert colours[0] == colours[1]
+    assert Trace.of(without).opened == Trace.of(rows).opened
+
+
+def test_the_picture_of_the_layers_ends_where_the_run_ends(tmp_path):
+    text, _ = page_of(tmp_path, unfreezing=made_up_unfreezing(steps=100, every=20))
+    ends = [
+        max(int(tick) for tick in re.findall(r">(\d+)</text>", svg))
+        for svg in re.findall("<svg.*?</svg>", text, re.S)[2:]
+    ]
+    assert ends == [300] * 4, "heat map and curves, wide and narrow, share their steps"
+
+
+def test_the_error_of_the_trace_is_told(tmp_path):
+    rows = [row | {"standard_error": row["trace"] * 0.27} for row in made_up_unfreezing()]
+    _, page = page_of(tmp_path, unfreezing=rows)
+    assert "standard error of a value is about 27 % of it" in page.flat()
+
+
+@pytest.mark.parametrize(
+    ("weak", "sentence"),
+    [
+        ([], None),
+        ([1], "In German it is not clearly better"),
+        ([1, 3], "In Spanish and German it is not clearly better"),
+        (range(6), "In every language it is not clearly better"),
+    ],
+)
+def test_a_score_like_the_majority_is_called_that(weak, sentence):
+    scores = [
+        score.model_copy(update={"majority": 0.99 if number in weak else 0.1})
+        for number, score in enumerate(made_up_result().scores)
+    ]
+    text = " ".join(summary(made_up_result(scores=scores)))
+    assert (sentence in text) if sentence else ("not clearly" not in text)
 
 
 def test_a_layer_that_never_opened_and_one_that_was_not_measured(tmp_path):

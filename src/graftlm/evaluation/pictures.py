@@ -70,6 +70,7 @@ class Trace:
     opened: dict[str, int]  # layer → step at which it was opened; layers that stayed frozen are missing
     kinds: tuple[str, ...]
     examples: tuple[int, ...]
+    relative_error: float | None  # median standard error of a value, as a share of it
 
     @classmethod
     def of(cls, rows: Sequence[dict]) -> "Trace | None":
@@ -89,12 +90,21 @@ class Trace:
         measured = [row for row in rows if row.get("trace") is not None]
         kinds = tuple(sorted({str(row["kind"]) for row in measured if row.get("kind")}))
         examples = tuple(sorted({int(row["examples"]) for row in measured if row.get("examples")}))
-        return cls(layers, np.array(steps), values, opened, kinds, examples)
+        errors = [
+            row["standard_error"] / row["trace"] for row in measured if row.get("standard_error") and row["trace"]
+        ]
+        error = float(np.median(errors)) if errors else None
+        return cls(layers, np.array(steps), values, opened, kinds, examples, error)
 
     @property
     def measured(self) -> bool:
         """Whether there is anything to colour: a logarithm needs a value above 0."""
         return bool((np.nan_to_num(self.values) > 0).any())
+
+    @property
+    def worth_showing(self) -> bool:
+        """Whether there is more to see than that everything trained from the first step."""
+        return self.measured or len({self.opened.get(layer) for layer in self.layers}) > 1
 
 
 def both_widths(draw: Callable[[bool], Figure], name: str, label: str) -> Markup:
@@ -204,7 +214,7 @@ def scores(result: Result) -> Callable[[bool], Figure]:
 
 def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Figure]:
     """tr(F), layer × step, on a log colour scale, with a mark where a layer was opened."""
-    edges = _edges(trace.steps, last_step)
+    first, end = int(trace.steps[0]), max(last_step or 0, int(trace.steps[-1]) + 1)
     plain = all(re.fullmatch(r"layer\.\d+", name) for name in trace.layers)
     names = [name.removeprefix("layer.") if plain else inert(name) for name in trace.layers]
     names = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
@@ -215,13 +225,13 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
         bar = 62 if trace.measured else 30
         figure, axes = _figure(narrow, row * count + 60 + bar, left=LEFT, right=RIGHT, top=bar, bottom=50)
         if trace.measured:
-            _cells(figure, axes, trace, edges, narrow, bar)
+            _cells(figure, axes, trace, end, narrow, bar)
         for y, layer in enumerate(trace.layers):
             opened = trace.opened.get(layer)
             if not trace.measured:
-                axes.barh(y, edges[-1] - edges[0], left=edges[0], height=0.86, color=LINE)
+                axes.barh(y, end - first, left=first, height=0.86, color=LINE)
                 if opened is not None:
-                    axes.barh(y, edges[-1] - opened, left=opened, height=0.86, color=ACCENT)
+                    axes.barh(y, end - opened, left=opened, height=0.86, color=ACCENT)
             elif opened is not None:
                 # white in black: seen on every colour of the map, on light and on dark pages
                 axes.plot(
@@ -245,7 +255,7 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
         every = max(1, round(count / 16))
         axes.set_yticks(range(0, count, every), names[::every])
         axes.set_ylim(-0.5, count - 0.5)
-        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xlim(first, end)
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True, steps=[1, 2, 5, 10]))
         axes.spines["bottom"].set_visible(False)
         axes.set_xlabel("optimizer step")
@@ -258,17 +268,17 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
 LEFT, RIGHT = 64, 14  # of the heat map and of the curves: their steps stand under one another
 
 
-def _edges(steps: np.ndarray, last_step: int | None) -> np.ndarray:
-    """A cell lasts from its step to the next one, the last as long as the typical one."""
+def _edges(steps: np.ndarray, end: int) -> np.ndarray:
+    """A cell lasts from its step to the next one, the last as long as a typical one: later ones were not measured."""
     width = np.median(np.diff(steps)) if len(steps) > 1 else 1
-    end = steps[-1] + width
-    if last_step is not None and last_step > steps[-1]:
-        end = min(end, last_step)
-    return np.append(steps, end).astype(float)
+    return np.append(steps, min(steps[-1] + width, max(end, steps[-1] + 1))).astype(float)
 
 
-def _cells(figure: Figure, axes: Axes, trace: Trace, edges: np.ndarray, narrow: bool, bar: float) -> None:
-    values = np.ma.masked_where(~(np.nan_to_num(trace.values) > 0), trace.values)
+def _cells(figure: Figure, axes: Axes, trace: Trace, end: int, narrow: bool, bar: float) -> None:
+    # a decision that needed no measurement is no gap in the measurements
+    columns = ~np.isnan(trace.values).all(axis=0)
+    values, edges = trace.values[:, columns], _edges(trace.steps[columns], end)
+    values = np.ma.masked_where(~(np.nan_to_num(values) > 0), values)
     low, high = float(values.min()), float(values.max())
     norm = LogNorm(low if low < high else low / 10, high)
     axes.set_facecolor(LINE)

@@ -57,6 +57,8 @@ def _page(folder: Path) -> dict[str, Any]:
     settings = list(read_settings(folder))
     values = {setting["key"]: setting["value"] for setting in settings}
     trace = pictures.Trace.of(read_lines(folder / "unfreezing.jsonl"))
+    if trace and not trace.worth_showing:
+        trace = None
     log = read_lines(folder / "log.jsonl")
     steps = result.cost.steps or None
     start = int(trace.steps[0]) if trace else 0
@@ -80,6 +82,7 @@ def _page(folder: Path) -> dict[str, Any]:
         ],
         "trace": trace,
         "trace_picture": drawn(pictures.heat_map(trace, steps), "trace", _trace_label(trace)) if trace else None,
+        "is_lora": values.get("adapter.method") == "lora",
         "trace_kind": ", ".join(_kind(kind) for kind in trace.kinds) if trace else "",
         "curves_picture": drawn(curve, "curves", _curves_label(log, result)) if curve else None,
         "cost": _cost(result),
@@ -180,7 +183,7 @@ def _cost(result: Result) -> list[tuple[str, str, str]]:
     """(what, figure, remark)."""
     cost = result.cost
     rows = [("training", " ".join(_seconds(cost.train_seconds)), f"{cost.steps:,} optimizer steps")]
-    if cost.trace_seconds is not None:
+    if cost.trace_seconds:
         share = f"{100 * cost.trace_seconds / cost.train_seconds:.1f} % of training" if cost.train_seconds else ""
         rows.append(("of it for Fisher traces", " ".join(_seconds(cost.trace_seconds)), share))
     if cost.evaluation_seconds is not None:

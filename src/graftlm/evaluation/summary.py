@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from graftlm.evaluation.result import Interval, Result
+from graftlm.evaluation.result import Interval, Result, Score
 from graftlm.evaluation.table import MISSING, language_name, metric_of, number
 
 
@@ -49,13 +49,31 @@ def summary(result: Result) -> list[str]:
                 f"In {count(len(known))} languages without labels it averages {with_unit(mean, result)}:"
                 f" best in {named[0]}, worst in {named[-1]}."
             )
+    if weak := [score for score in result.ranked if _like_majority(score, result)]:
+        languages = [language_name(score.language) for score in weak]
+        where = (
+            ("every language" if len(weak) > 1 else languages[0])
+            if len(weak) == len(result.scores)
+            else _list(languages)
+        )
+        sentences.append(f"In {where} it is not clearly better than always giving the most frequent label.")
     gains = [score.gain for score in known if score.gain and score.gain.value is not None]
     if gains:
         mean = statistics.fmean(gain.value for gain in gains)
-        sentence = f"Against standard training that is {with_unit(mean, result, signed=True)}"
+        where = "the languages without labels" if len(known) > 1 else language_name(known[0].language)
+        sentence = f"Against standard training the gain in {where} is {with_unit(mean, result, signed=True)}"
         sentence += " on average" if len(gains) > 1 else ""
         sentences.append(f"{sentence}; {_clear(gains)}.")
     return sentences
+
+
+def _like_majority(score: Score, result: Result) -> bool:
+    low = result.primary(score).low
+    return score.majority is not None and low is not None and low <= score.majority
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _clear(gains: Sequence[Interval]) -> str:
@@ -63,14 +81,12 @@ def _clear(gains: Sequence[Interval]) -> str:
     bounded = [gain for gain in gains if gain.low is not None and gain.high is not None]
     above, below = sum(gain.low > 0 for gain in bounded), sum(gain.high < 0 for gain in bounded)
     if len(gains) == 1:
-        return "the 95 % interval of the gain " + (
-            "lies above zero" if above else "lies below zero" if below else "includes zero"
-        )
+        return "its 95 % interval " + ("lies above zero" if above else "lies below zero" if below else "includes zero")
     if not above and not below:
         every = "both" if len(gains) == 2 else f"all {count(len(gains))}"
-        return f"the 95 % interval of the gain includes zero in {every}"
+        return f"its 95 % interval includes zero in {every}"
     sides = [f"above zero in {above}"] * bool(above) + [f"below zero in {below}"] * bool(below)
-    return f"the 95 % interval of the gain lies {' and '.join(sides)} of {len(gains)} languages"
+    return f"its 95 % interval lies {' and '.join(sides)} of {len(gains)} languages"
 
 
 def leaves_zero_out(gain: Interval) -> bool:

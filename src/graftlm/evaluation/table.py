@@ -110,72 +110,70 @@ def interval_text(interval: Interval | None, metric: Metric, *, signed: bool = F
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Columns and rows of text; the first column is a name, the others are numbers."""
+    """Columns and rows of text; the first column is a name, the others are numbers; `sources` rows come first."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    sources: int
     caption: str
 
     @classmethod
     def of(cls, result: Result) -> ScoreTable:
         """The scores of a result, source language first; columns without any value are left out."""
         metric = metric_of(result.metric)
-        others = [
-            name
-            for name in dict.fromkeys(name for score in result.scores for name in score.metrics)
-            if name != result.metric
-        ]
-        columns = [
+        others = dict.fromkeys(name for score in result.scores for name in score.metrics if name != result.metric)
+        columns = (
             "language",
-            "items",
             metric.title,
             *(metric_of(name).title for name in others),
             "majority",
             "standard",
             "gain",
-        ]
+        )
         splits = {score.split for score in result.scores}
         rows = []
         for score in result.ordered:
-            name = language_name(score.language)
-            name += f" ({score.split})" if len(splits) > 1 else ""
-            name += ", source" if score.is_source else ""
-            extra = (interval_text(score.metrics.get(name), metric_of(name)) for name in others)
-            rows.append(
-                (
-                    name,
-                    str(score.n),
-                    interval_text(result.primary(score), metric),
-                    *extra,
-                    number(score.majority, metric),
-                    interval_text(score.standard, metric),
-                    interval_text(score.gain, metric, signed=True),
-                )
+            name = language_name(score.language) + (f" ({score.split})" if len(splits) > 1 else "")
+            more = (
+                number(score.metrics[key].value if key in score.metrics else None, metric_of(key)) for key in others
             )
-        kept = [i for i in range(len(columns)) if i < 3 or any(row[i] != MISSING for row in rows)]
-        unit = "Percent; " if metric.percent else ""
-        caption = f"{unit}95 % bootstrap interval over items in brackets."
+            standard = score.standard.value if score.standard else None
+            numbers = (interval_text(result.primary(score), metric), *more, number(score.majority, metric))
+            rows.append((name, *numbers, number(standard, metric), interval_text(score.gain, metric, signed=True)))
+        kept = [i for i in range(len(columns)) if i < 2 or any(row[i] != MISSING for row in rows)]
+        sizes = sorted({score.n for score in result.scores})
+        caption = ("Percent; " if metric.percent else "") + "95 % bootstrap interval over items in brackets"
+        caption += f" ({sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''} items)." if sizes else "."
         if any(score.gain for score in result.scores):
             caption += " The gain is paired with standard training on the same items."
-        return cls(tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
+        rows = tuple(tuple(row[i] for i in kept) for row in rows)
+        return cls(tuple(columns[i] for i in kept), rows, sum(score.is_source for score in result.scores), caption)
 
     def markdown(self) -> str:
         """A GitHub-flavoured table; ``|`` and markup in names are escaped."""
         lines = [tuple(map(markdown_text, self.columns)), ("---", *("---:" for _ in self.columns[1:]))]
-        lines += [(markdown_text(row[0]), *row[1:]) for row in self.rows]
-        body = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join(body)
+        for position, row in enumerate(self.rows):
+            lines.append((markdown_text(row[0]) + (", source" if position < self.sources else ""), *row[1:]))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def rich(self) -> Table:
-        """The table for a terminal."""
-        from rich.table import Table  # a script that only reads results need not load it
+        """The table for a terminal of 80 columns; the source language stands apart."""
+        from rich import box  # a script that only reads results need not load it
+        from rich.table import Table
         from rich.text import Text
 
-        table = Table(caption=self.caption, caption_justify="left")
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+            collapse_padding=True,
+            caption=self.caption,
+            caption_justify="left",
+        )
         for position, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if position else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_column(Text(column), justify="right" if position else "left", no_wrap=position > 0)
+        for position, row in enumerate(self.rows, 1):
+            table.add_row(*map(Text, row), end_section=position == self.sources)
         return table
 
     def __rich__(self) -> Table:
