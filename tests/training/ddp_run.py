@@ -1,4 +1,4 @@
-"""Every job of test_ddp.py in one process group: python ddp_run.py OUT_FOLDER, alone or under torchrun."""
+"""The jobs of test_ddp.py in one process group: python ddp_run.py OUT_FOLDER [fsdp2], alone or under torchrun."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_batch, tiny_model
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from graftlm import ScheduledUnfreezing
@@ -22,6 +23,7 @@ JOBS = {
     "fisher-full": ("fisher", {"full": True}),
     "fisher-accumulation": ("fisher", {"gradient_accumulation_steps": 2}),
 }
+FSDP2 = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
 REFUSED = {
     "no-unused": {"ddp_find_unused_parameters": False},
     "checkpointing": {"full": True, "activation_checkpointing": True},
@@ -53,17 +55,18 @@ def train(folder: Path, schedule: str, *, full: bool = False, **more: object) ->
         model.to(torch.float64)
     batch = tiny_batch("bert", batch_size=24)
     data = Dataset.from_dict({name: value.tolist() for name, value in batch.items()}).with_format("torch")
-    callback = ScheduledUnfreezing(schedule, every_n_steps=2, trace_examples=7, log_path=folder / f"{schedule}.jsonl")
+    callback = ScheduledUnfreezing(schedule, every_n_steps=2, trace_examples=8, log_path=folder / f"{schedule}.jsonl")
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-    return {"weights": {n: p.detach() for n, p in model.named_parameters()}, "history": callback.history}
+    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {"weights": {n: p.detach() for n, p in weights.items()}, "history": callback.history}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, sharding: str | None = None) -> None:
     warnings.simplefilter("ignore")
     results: dict[str, object] = {}
     for name, (schedule, more) in JOBS.items():
-        results[name] = train(folder, schedule, **more)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+        results[name] = train(folder, schedule, **more, **(FSDP2 if sharding else {}))
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not sharding:
         for name, more in REFUSED.items():
             try:
                 results[name] = train(folder, "gradual", **more)
@@ -73,4 +76,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

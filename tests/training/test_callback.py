@@ -431,14 +431,13 @@ def test_trace_passes_stay_within_their_budget():
     [
         ("DEEPSPEED", None, "gradual", "DeepSpeed"),
         ("FSDP", {"fsdp_version": 1, "use_orig_params": False}, "gradual", "use_orig_params"),
-        ("FSDP", {"fsdp_version": 2, "use_orig_params": None}, "fisher", "sharded over devices"),
-        ("FSDP", {"fsdp_version": 2, "use_orig_params": None}, "gradual", None),
+        ("FSDP", {"fsdp_version": 1, "use_orig_params": True}, "fisher", "sharding a model"),
         ("FSDP", {"fsdp_version": 1, "use_orig_params": True}, "gradual", None),
         ("DEEPSPEED", None, "standard", None),
     ],
 )
 def test_sharded_set_ups_are_refused_or_not(tmp_path, monkeypatch, kind, plugin, schedule, says):
-    """What accelerate reports is made up here; the set-ups that are let through were measured once by hand."""
+    """What accelerate reports is made up here; FSDP2 itself runs in test_ddp.py."""
     from types import SimpleNamespace
 
     from accelerate.utils import DistributedType

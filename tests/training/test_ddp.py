@@ -12,12 +12,12 @@ import torch
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 
 
-def launch(folder, processes):
+def launch(folder, processes, *more):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder)],
+        [*launcher, str(SCRIPT), str(folder), *more],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -44,9 +44,16 @@ def pair(pair_folder):
     return launch(pair_folder, 2)
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("sharded"), 2, "fsdp2")
+
+
+@pytest.mark.parametrize("kind", ["pair", "sharded"])
 @pytest.mark.parametrize("job", ["gradual", "fisher", "fisher-full", "fisher-accumulation"])
-def test_two_processes_equal_one(alone, pair, job):
-    (first, second), one = (results[job] for results in pair), alone[job]
+def test_two_processes_equal_one(alone, kind, job, request):
+    """DDP and FSDP2."""
+    (first, second), one = (results[job] for results in request.getfixturevalue(kind)), alone[job]
     for name, wanted in one["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name]), f"the ranks drifted apart in {name}"
         assert (first["weights"][name] - wanted).abs().max() < 1e-6, name

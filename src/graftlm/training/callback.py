@@ -48,7 +48,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
     Raises:
         SetupError: when training begins, before the first step: where the schedule cannot do what it says. No trainable
             layer; openings beyond the run's end; DDP without unused-parameter detection or with a static graph; FSDP1
-            without use_orig_params; FSDP with tr(F); DeepSpeed; a checkpoint of another schedule.
+            without use_orig_params or with tr(F); DeepSpeed; a checkpoint of another schedule.
 
     Everything that is ever to train must require gradients when the Trainer is made: its optimizer and DDP take no
     other parameters. This callback freezes once training begins and leaves the model trainable when it ends. A run that
@@ -228,6 +228,8 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         if examples is None:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             examples = examples_within_budget(state.max_steps, batch, self._trace_passes(state))
+        if PartialState().distributed_type == DistributedType.FSDP:  # every process must run as many forward passes
+            examples = max(examples // args.world_size, 1) * args.world_size
         return TraceProbe(
             model,
             self._unfreezer.parameters(),
@@ -337,12 +339,14 @@ def _checkpointing(args, model) -> bool:
 
 
 def _check_traceable() -> None:
-    if (kind := PartialState().distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    kind = PartialState().distributed_type
+    flattened = kind == DistributedType.FSDP and AcceleratorState().fsdp_plugin.fsdp_version == 1
+    if flattened or kind == DistributedType.DEEPSPEED:
         raise SetupError(
-            "the Fisher trace has not been tested on a model that is sharded over devices",
-            found=kind.value,
-            allowed="one device, DDP",
-            fix="a schedule that needs no trace (gradual) without record_trace, or DDP",
+            "the Fisher trace has not been tested under this way of sharding a model over devices",
+            found="fsdp_version=1" if flattened else kind.value,
+            allowed="one device, DDP, FSDP2",
+            fix='fsdp_config={"fsdp_version": 2}, or a schedule that needs no trace (gradual) without record_trace',
         )
 
 
