@@ -4,8 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 from evaluation.made_up_run import made_up_result, make_run
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 from graftlm.evaluation.card import write_card
 from graftlm.evaluation.result import Licences
@@ -66,6 +70,27 @@ def test_the_code_says_whether_graftlm_must_be_imported(tmp_path, peft_type, nee
     assert with_peft.startswith("import graftlm") is needed
     for code in (with_graftlm, with_peft):
         compile(code, "card", "exec")
+
+
+def test_the_code_for_peft_loads_what_a_run_writes(tmp_path, monkeypatch):
+    model = tiny_model("bert", "base")
+    model.save_pretrained(tmp_path / "owner" / "base")
+    labelled = {"num_labels": 3, "id2label": {0: "red", 1: "blue", 2: "green"}}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "owner" / "base", **labelled)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    model.config.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    make_run(tmp_path, made_up_result(model="owner/base"))
+    text = write_card(tmp_path).read_text(encoding="utf-8")
+
+    monkeypatch.chdir(tmp_path)  # where "owner/base" is a folder
+    names = {}
+    exec(code_in(text)[1], names)
+    batch = names["tokenizer"](["w1 w2 w3"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(**batch).logits, model(**batch).logits)
+    assert names["model"].config.id2label[2] == "green"
 
 
 def test_full_fine_tuning_is_loaded_with_transformers(tmp_path):

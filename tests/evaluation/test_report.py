@@ -82,8 +82,15 @@ def assert_inert(text, page):
     assert head[:2] == ["meta", "meta"], "the policy comes before anything that it is for"
 
 
-def test_a_whole_report(tmp_path):
-    text, page = page_of(tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The made-up run's report, its parsed page and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *page_of(folder), folder
+
+
+def test_a_whole_report(whole):
+    text, page, folder = whole
     assert_inert(text, page)
     assert len(text) < 400_000
     shown = page.flat()
@@ -97,11 +104,11 @@ def test_a_whole_report(tmp_path):
     assert "unfreezing.schedule fisher override" in shown and "5 values left at their default" in shown
     assert "sampled (labels drawn from the model's own predictions, squared gradient per example); 64 examples" in shown
     assert "transformers 5.23.0" in shown and "CC0-1.0" in shown
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert sorted(path.suffix for path in folder.iterdir()) == [".html", ".json", ".jsonl", ".jsonl", ".yaml"]
 
 
-def test_the_questions_come_in_order(tmp_path):
-    text, _ = page_of(tmp_path)
+def test_the_questions_come_in_order(whole):
+    text, *_ = whole
     assert re.findall(r"<h2[^>]*>([^<]*)</h2>", text) == [
         "How well does it do in each language?",
         "When did each layer train?",
@@ -112,8 +119,8 @@ def test_the_questions_come_in_order(tmp_path):
     ]
 
 
-def test_every_picture_is_drawn_for_both_widths_in_the_colours_of_the_page_and_described(tmp_path):
-    text, page = page_of(tmp_path)
+def test_every_picture_is_drawn_for_both_widths_in_the_colours_of_the_page_and_described(whole):
+    text, page, _ = whole
     pictures = page.all("svg")
     assert [picture["class"] for picture in pictures] == ["wide", "narrow"] * 3
     for picture in pictures:
@@ -248,7 +255,7 @@ def test_the_error_of_the_trace_is_told(tmp_path):
         ([], None),
         ([1], "In German it is not clearly better"),
         ([1, 3], "In Spanish and German it is not clearly better"),
-        (range(6), "In every language it is not clearly better"),
+        (range(6), "In no language is it clearly better"),
     ],
 )
 def test_a_score_like_the_majority_is_called_that(weak, sentence):
@@ -257,7 +264,7 @@ def test_a_score_like_the_majority_is_called_that(weak, sentence):
         for number, score in enumerate(made_up_result().scores)
     ]
     text = " ".join(summary(made_up_result(scores=scores)))
-    assert (sentence in text) if sentence else ("not clearly" not in text)
+    assert (sentence in text) if sentence else ("clearly better" not in text)
 
 
 def test_a_layer_that_never_opened_and_one_that_was_not_measured(tmp_path):
@@ -313,9 +320,9 @@ def test_names_of_layers_of_encoder_and_decoder_are_kept(tmp_path):
     assert {"embeddings", "encoder.0", "encoder.1", "decoder.0", "layer, bottom to top"} <= set(drawn)
 
 
-def test_the_same_folder_gives_the_same_bytes(tmp_path):
-    first, _ = page_of(tmp_path)
-    assert write_report(tmp_path).read_text(encoding="utf-8") == first
+def test_the_same_folder_gives_the_same_bytes(whole):
+    text, _, folder = whole
+    assert write_report(folder).read_text(encoding="utf-8") == text
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -363,7 +370,7 @@ def in_chromium(path, port):
         f"--user-data-dir={path.parent / 'chromium'}",
     ]
     options += [f"--host-resolver-rules=MAP *.example 127.0.0.1:{port}, MAP * ~NOTFOUND", "--dump-dom"]
-    done = subprocess.run([found, *options, path.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([found, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -373,13 +380,13 @@ def test_in_chromium_nothing_leaves_the_page_and_no_label_runs(tmp_path, server)
     label = "<img src=http://leak.example/label><script>document.title='owned'</script>\"><svg onload=alert(1)>"
     score = made_up_result().scores[1].model_copy(update={"language": label})
     path = write_report(make_run(tmp_path, made_up_result(name=label, scores=[score])))
+    # a planted picture would be asked for, if the policy did not forbid it: the check can fail
+    planted = path.read_text(encoding="utf-8").replace("<main>", "<main><img src=http://leak.example/planted>")
+    path.write_text(planted, encoding="utf-8")
     dom = in_chromium(path, port)
     assert asked == []
     assert dom.count("<svg") == 6 and "<title>owned" not in dom and "<script" not in dom
 
-    # the check can fail: without the policy a picture from outside is asked for, with it even a planted one is not
-    planted = path.read_text(encoding="utf-8").replace("<main>", "<main><img src=http://leak.example/planted>")
-    for name, text in (("with.html", planted), ("without.html", planted.replace("Content-Security-Policy", "X-None"))):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        in_chromium(tmp_path / name, port)
-        assert asked == ([] if name == "with.html" else ["/planted"])
+    path.write_text(planted.replace("Content-Security-Policy", "X-None"), encoding="utf-8")
+    in_chromium(path, port)
+    assert asked == ["/planted"]

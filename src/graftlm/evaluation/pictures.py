@@ -269,8 +269,8 @@ LEFT, RIGHT = 64, 14  # of the heat map and of the curves: their steps stand und
 
 
 def _edges(steps: np.ndarray, end: int) -> np.ndarray:
-    """A cell lasts from its step to the next one, the last as long as a typical one: later ones were not measured."""
-    width = np.median(np.diff(steps)) if len(steps) > 1 else 1
+    """A cell lasts from its step to the next one, the last as long as the one before: later ones were not measured."""
+    width = steps[-1] - steps[-2] if len(steps) > 1 else 1
     return np.append(steps, min(steps[-1] + width, max(end, steps[-1] + 1))).astype(float)
 
 

@@ -82,6 +82,7 @@ def _page(folder: Path) -> dict[str, Any]:
         ],
         "trace": trace,
         "trace_picture": drawn(pictures.heat_map(trace, steps), "trace", _trace_label(trace)) if trace else None,
+        "selected_on": [language_name(tag) for tag in result.selected_on],
         "is_lora": values.get("adapter.method") == "lora",
         "trace_kind": ", ".join(_kind(kind) for kind in trace.kinds) if trace else "",
         "curves_picture": drawn(curve, "curves", _curves_label(log, result)) if curve else None,

@@ -50,13 +50,9 @@ def summary(result: Result) -> list[str]:
                 f" best in {named[0]}, worst in {named[-1]}."
             )
     if weak := [score for score in result.ranked if _like_majority(score, result)]:
-        languages = [language_name(score.language) for score in weak]
-        where = (
-            ("every language" if len(weak) > 1 else languages[0])
-            if len(weak) == len(result.scores)
-            else _list(languages)
-        )
-        sentences.append(f"In {where} it is not clearly better than always giving the most frequent label.")
+        languages = _list([language_name(score.language) for score in weak])
+        where = "no language is it" if 1 < len(weak) == len(result.scores) else f"{languages} it is not"
+        sentences.append(f"In {where} clearly better than always giving the most frequent label.")
     gains = [score.gain for score in known if score.gain and score.gain.value is not None]
     if gains:
         mean = statistics.fmean(gain.value for gain in gains)
