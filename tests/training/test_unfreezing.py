@@ -168,3 +168,14 @@ def test_a_trace_that_is_not_finite_is_an_error():
 def test_decisions_of_another_model_are_refused():
     with pytest.raises(SetupError, match=r"layer\.7"):
         Unfreezer(lora(), "gradual", 5).load_state_dict({"opened": {"layer.7": 0}})
+
+
+def test_a_schedule_that_was_interrupted_is_noticed():
+    model = lora()
+    Unfreezer(model, "gradual", 10).step(0)
+    with pytest.raises(SetupError, match="stopped in the middle"):
+        Unfreezer(model, "gradual", 10)
+    again = Unfreezer(model, "gradual", 10)
+    assert again.layer_names == tuple(f"layer.{n}" for n in range(4))
+    again.release()
+    Unfreezer(model, "gradual", 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         self._trace_data = trace_data
         self.needs_trace_data = trace_data is not None
         self.progress: dict = {}
+        self._began = 0.0
         self._unfreezer: Unfreezer | None = None
         self._probe: TraceProbe | None = None
         self._measured: tuple[int, FisherTrace] | None = None
@@ -134,6 +136,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
                 fix="restore_callback_states_from_checkpoint=False: the unfreezing decisions are taken up without it",
             )
         self._forget()
+        self._began = time.perf_counter()
         chosen = {name: self._arguments[name] for name in ("order", "layers", "seed")}
         self._unfreezer = Unfreezer(model, schedule, every, traces=self._traces, **chosen)
         try:
@@ -180,9 +183,11 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         for module in self._input_gradients:
             module.enable_input_require_grads()
         if self._probe is not None and state.is_world_process_zero and not args.disable_tqdm:
-            passes = len({row["step"] for row in self.history if row["trace"] is not None})
+            measured = [row for row in self.history if row["trace"] is not None]
+            share = self._probe.seconds / (time.perf_counter() - self._began)
             tqdm.write(
-                f"tr(F): {passes} passes over {self.history[-1]['examples']} examples, {self.trace_seconds:.1f} s"
+                f"tr(F): {len({row['step'] for row in measured})} passes over {measured[-1]['examples']} examples, "
+                f"{self.trace_seconds:.1f} s ({share:.1%} of this run)"
             )
 
     def _traces(self, step: int) -> Mapping[str, float]:

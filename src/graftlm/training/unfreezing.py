@@ -62,7 +62,7 @@ class Unfreezer:
 
     Raises:
         SetupError: an unknown schedule, an interval below 1, an `order` that is not a permutation, ``fisher`` without
-            `traces`, or a model without trainable layers.
+            `traces`, a model without trainable layers, or one that an interrupted schedule had left frozen.
 
     Source: arXiv 2301.05487, Algorithm 1.
 
@@ -105,6 +105,7 @@ class Unfreezer:
                 "the fisher schedule needs tr(F) to choose by",
                 fix="traces=lambda step: graftlm.fisher_trace(model, batches, groups, task=…, step=step).traces",
             )
+        _refuse_leftovers(model)
         groups = trainable_layers(model, layers)
         self.layer_names = groups.names
         self.tied = groups.tied
@@ -266,3 +267,20 @@ def _permutation(names: tuple[str, ...], order: Sequence[str | int]) -> list[str
 
 def _discard_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
+
+
+def _refuse_leftovers(model: nn.Module) -> None:
+    """A run that was stopped in the middle leaves layers frozen, which the next one would take for not trainable."""
+    left = 0
+    for parameter in model.parameters():
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        for key in [key for key, hook in hooks.items() if hook is _discard_gradient]:
+            del hooks[key]
+            parameter.requires_grad_(True)
+            left += 1
+    if left:
+        raise SetupError(
+            "an earlier unfreezing schedule on this model was stopped in the middle and had left layers frozen",
+            found=f"{left} frozen parameters, which are trainable again now",
+            fix="the same once more: make the Trainer (or the optimizer) anew, so that it takes all parameters",
+        )
