@@ -1,0 +1,329 @@
+"""Make the starter encoder: distil a sentence encoder over translations, with masked LM beside it.
+
+    python pretrain.py --data DATA --work WORK --minutes 42 --export ../../src/graftlm/starter/encoder
+
+The vector that is distilled is the pooler's output, which `BertForSequenceClassification` gives to its classifier. It
+is mapped by a throw-away projection to the teacher's vector of the English sentence, whether the student reads the
+English sentence, its translation, or both. The same forward pass predicts masked tokens. Interrupted, it goes on from
+the last checkpoint in WORK.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import RELATED, read_rows, select_corpus
+from student import TEACHER_WIDTH, Teacher, build_student, export
+from tokenizer import MAX_LENGTH, check_tokenizer, train_tokenizer
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import BertForPreTraining, PreTrainedTokenizerFast
+
+VOCABULARY = 10_240
+BATCH_TOKENS, BATCHES_A_STEP = 1536, 6
+LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MASKED, UNMASKED_ROWS = 0.15, 0.3
+TEMPERATURE = 0.05
+PAIRS_A_ROUND, PASSAGES_A_ROUND = 8000, 1000
+ENGLISH_PASSAGES = 6000
+JOINED, ENGLISH_TOO, RELATED_KEPT = 0.15, 0.4, 0.5
+WARM_UP = 0.04
+CHECKPOINT_SECONDS = 180
+
+
+@dataclass
+class Material:
+    """Token ids of each text without special tokens, and the teacher's vectors of the English ones."""
+
+    tokenizer: PreTrainedTokenizerFast
+    ids: list[list[int]]
+    pairs: list[tuple[str, int, int]]
+    passages: list[int]
+    vectors: torch.Tensor
+    vector_of: dict[int, int]
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what `path` holds, after making and writing it the first time."""
+    if not path.exists():
+        path.with_suffix(".part").write_bytes(pickle.dumps(make()))
+        os.replace(path.with_suffix(".part"), path)
+    return pickle.loads(path.read_bytes())
+
+
+def prepare(data: Path, work: Path) -> Material:
+    """Select the corpus, train the tokenizer, run the teacher; each is kept in WORK for the next start."""
+    corpus = kept(work / "corpus.pkl", lambda: select_corpus(data))
+    (work / "corpus.json").write_text(json.dumps({"kept": corpus.kept, "dropped": corpus.dropped}, indent=1))
+    tokenizer = kept(work / "tokenizer.pkl", lambda: train_tokenizer(corpus, VOCABULARY))
+    check_tokenizer(tokenizer)
+    texts = list(dict.fromkeys(corpus.texts()))
+    position = {text: i for i, text in enumerate(texts)}
+    limits = {"add_special_tokens": False, "truncation": True, "max_length": MAX_LENGTH - 2}
+    ids = kept(work / "ids.pkl", lambda: tokenizer(texts, **limits)["input_ids"])
+    english = [english for _, _, english, _ in corpus.pairs]
+    english += [text for language, text in corpus.passages if language == "eng"][:ENGLISH_PASSAGES]
+    english = list(dict.fromkeys(english))
+    return Material(
+        tokenizer,
+        ids,
+        [(language, position[english], position[other]) for _, language, english, other in corpus.pairs],
+        [position[text] for _, text in corpus.passages],
+        kept(work / "vectors.pkl", lambda: Teacher().encode(english)),
+        {position[text]: i for i, text in enumerate(english)},
+    )
+
+
+@dataclass
+class Row:
+    first: list[int]
+    second: list[int]
+    vector: int | None
+
+    def __len__(self) -> int:
+        return 2 + len(self.first) + (1 + len(self.second) if self.second else 0)
+
+
+def endless(items: list, rng: random.Random) -> Iterator:
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def rounded_length(length: int) -> int:
+    """Return the padded length; there are few, because a matrix product of a new shape costs far more than padding."""
+    return next(limit for limit in LENGTHS if limit >= length)
+
+
+def draw_batches(material: Material, rng: random.Random) -> Iterator[list[Row]]:
+    """Yield batches of rows of one padded length, without end."""
+    pairs, passages = endless(material.pairs, rng), endless(material.passages, rng)
+    waiting: dict[int, list[Row]] = {length: [] for length in LENGTHS}
+    while True:
+        rows = []
+        for language, english, other in (next(pairs) for _ in range(PAIRS_A_ROUND)):
+            if language in RELATED and rng.random() > RELATED_KEPT:
+                continue
+            vector, sides = material.vector_of[english], [material.ids[english], material.ids[other]]
+            if rng.random() < JOINED and sum(map(len, sides)) <= MAX_LENGTH - 3:
+                rng.shuffle(sides)
+                rows.append(Row(*sides, vector))
+                continue
+            rows.append(Row(sides[1], [], vector))
+            if rng.random() < ENGLISH_TOO:
+                rows.append(Row(sides[0], [], vector))
+        for passage in (next(passages) for _ in range(PASSAGES_A_ROUND)):
+            rows.append(Row(material.ids[passage], [], material.vector_of.get(passage)))
+        batches = []
+        for row in rng.sample(rows, len(rows)):
+            length = rounded_length(len(row))
+            waiting[length].append(row)
+            if len(waiting[length]) == BATCH_TOKENS // length:
+                batches.append(waiting[length])
+                waiting[length] = []
+        yield from rng.sample(batches, len(batches))
+
+
+def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
+    """Pad, mask, and say which positions are to be predicted (`positions`, flat) and what stood there (`labels`)."""
+    begin, end, pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+    length = rounded_length(max(map(len, rows)))
+    ids = torch.full((len(rows), length), pad)
+    types = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        line = [begin, *row.first, end] + ([*row.second, end] if row.second else [])
+        ids[i, : len(line)] = torch.tensor(line)
+        types[i, len(row.first) + 2 : len(line)] = 1
+    generator = torch.Generator().manual_seed(random.getrandbits(62))
+    ordinary = (ids != begin) & (ids != end) & (ids != pad)
+    masked_rows = torch.rand(len(rows), 1, generator=generator) > UNMASKED_ROWS
+    chosen = ordinary & masked_rows & (torch.rand(ids.shape, generator=generator) < MASKED)
+    positions = chosen.flatten().nonzero().squeeze(1)
+    labels = ids.flatten()[positions]
+    draw = torch.rand(labels.shape, generator=generator)
+    replaced = torch.where(draw < 0.8, tokenizer.mask_token_id, labels)
+    some = torch.randint(len(tokenizer.all_special_ids), len(tokenizer), labels.shape, generator=generator)
+    return {
+        "input_ids": ids.flatten().scatter(0, positions, torch.where(draw > 0.9, some, replaced)).view_as(ids),
+        "token_type_ids": types,
+        "attention_mask": (ids != pad).long(),
+        "positions": functional.pad(positions, (0, -len(positions) % 64)),
+        "labels": functional.pad(labels, (0, -len(labels) % 64), value=-100),
+        "with_vector": torch.tensor([i for i, row in enumerate(rows) if row.vector is not None], dtype=torch.long),
+        "vectors": torch.tensor([row.vector for row in rows if row.vector is not None], dtype=torch.long),
+    }
+
+
+def losses(model: nn.ModuleDict, batch: dict, material: Material) -> dict[str, torch.Tensor]:
+    """Return masked LM, cosine distance to the teacher, and the cross-entropy of the similarities within the batch."""
+    student: BertForPreTraining = model["student"]
+    output = student.bert(**{key: batch[key] for key in ("input_ids", "token_type_ids", "attention_mask")})
+    result = {}
+    if len(batch["labels"]):
+        hidden = output.last_hidden_state.flatten(0, 1)[batch["positions"]]
+        result["mlm"] = functional.cross_entropy(student.cls.predictions(hidden).float(), batch["labels"])
+    if len(batch["vectors"]):
+        ours = functional.normalize(model["project"](output.pooler_output)[batch["with_vector"]].float(), dim=-1)
+        theirs = material.vectors[batch["vectors"]].float()
+        result["cosine"] = 1 - (ours * theirs).sum(-1).mean()
+        target = functional.softmax(theirs @ theirs.T / TEMPERATURE, dim=-1)
+        result["similarity"] = functional.cross_entropy(ours @ theirs.T / TEMPERATURE, target)
+        result["similarity"] = result["similarity"] + (target * target.clamp_min(1e-9).log()).sum(-1).mean()
+    return result
+
+
+class Optimizer:
+    """AdamW and Muon (for the layers' matrices) on float32 copies of bf16 weights."""
+
+    def __init__(self, model: nn.Module, rate: float, muon: bool) -> None:
+        self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.copies = [parameter.detach().float().clone() for parameter in self.weights]
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        matrix = [
+            muon and "encoder.layer" in name and copy.ndim == 2 for name, copy in zip(names, self.copies, strict=True)
+        ]
+        rest = [copy for copy, is_matrix in zip(self.copies, matrix, strict=True) if not is_matrix]
+        self.parts = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)]
+        if muon:
+            matrices = [copy for copy, is_matrix in zip(self.copies, matrix, strict=True) if is_matrix]
+            for half in (matrices[::2], matrices[1::2]):
+                self.parts.append(torch.optim.Muon(half, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+        self.rate = rate
+
+    @torch.no_grad()
+    def step(self, gradients: list[tuple[torch.Tensor, ...]], factor: float, pool: ThreadPoolExecutor) -> None:
+        for copy, *parts in zip(self.copies, *gradients, strict=True):
+            copy.grad = sum(part.float() for part in parts) / len(parts)
+        nn.utils.clip_grad_norm_(self.copies, 1.0)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.rate * factor
+        list(pool.map(lambda part: part.step(), reversed(self.parts)))
+        torch._foreach_copy_(self.weights, self.copies)
+
+    def state_dict(self) -> dict:
+        return {"copies": self.copies, "parts": [part.state_dict() for part in self.parts]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.copies, state["copies"])
+        torch._foreach_copy_(self.weights, self.copies)
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def schedule(progress: float) -> float:
+    """Linear warm-up, then a cosine to zero; `progress` is the share of the training time that has passed."""
+    return (
+        progress / WARM_UP
+        if progress < WARM_UP
+        else 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    )
+
+
+@torch.no_grad()
+def probe(model: nn.ModuleDict, material: Material, data: Path) -> dict[str, float]:
+    """Retrieval accuracy English → X with the pooler's output on the held-out dev pairs of Tatoeba."""
+    result = {}
+    for language in ("deu", "ces"):
+        rows = [
+            row for row in read_rows(data / f"parallel_text/tatoeba_eng/{language}.jsonl.gz") if row["split"] == "dev"
+        ]
+        sides = []
+        for key in ("eng", "text"):
+            batch = material.tokenizer([row[key] for row in rows], padding=True, return_tensors="pt")
+            sides.append(functional.normalize(model["student"].bert(**batch).pooler_output.float(), dim=-1))
+        hits = (sides[0] @ sides[1].T).argmax(1) == torch.arange(len(rows))
+        result[f"retrieval {language}"] = round(hits.float().mean().item(), 3)
+    return result
+
+
+def train(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)  # for the teacher
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    material = prepare(arguments.data, arguments.work)
+    torch.set_num_threads(1)  # small matrices: a batch a thread wastes less than two threads on one batch
+    torch.manual_seed(arguments.seed)
+    random.seed(arguments.seed)
+    rng = random.Random(arguments.seed)
+    student = build_student(material.tokenizer)
+    width = student.config.hidden_size
+    model = nn.ModuleDict({"student": student, "project": nn.Linear(width, TEACHER_WIDTH)}).to(torch.bfloat16)
+    optimizer = Optimizer(model, arguments.rate, arguments.muon)
+    checkpoint, log = arguments.work / "checkpoint.pt", arguments.work / "log.jsonl"
+    spent, step, tokens = 0.0, 0, 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, step, tokens = saved["spent"], saved["step"], saved["tokens"]
+        rng.seed(arguments.seed + step)
+    budget, batches, sums = arguments.minutes * 60, draw_batches(material, rng), {}
+    last_saved = spent
+
+    def work_on(rows: list[Row]) -> tuple[tuple[torch.Tensor, ...], dict[str, float], int]:
+        batch = collate(rows, material.tokenizer)
+        parts = losses(model, batch, material)
+        total = sum(getattr(arguments, name) * loss for name, loss in parts.items())
+        gradients = torch.autograd.grad(total, optimizer.weights, materialize_grads=True, allow_unused=True)
+        return gradients, {name: loss.item() for name, loss in parts.items()}, int(batch["attention_mask"].sum())
+
+    pool = ThreadPoolExecutor(arguments.threads)
+    bar = tqdm(total=round(budget), initial=round(spent), unit="s", desc="training")
+    with pool, bar, log.open("a") as lines:
+        while spent < budget:
+            start = time.monotonic()
+            done = list(pool.map(work_on, [next(batches) for _ in range(BATCHES_A_STEP)]))
+            optimizer.step([gradients for gradients, _, _ in done], schedule(spent / budget), pool)
+            step, tokens = step + 1, tokens + sum(size for _, _, size in done)
+            for _, parts, _ in done:
+                for name, loss in parts.items():
+                    sums.setdefault(name, []).append(loss)
+            spent += time.monotonic() - start
+            bar.update(min(round(spent), bar.total) - bar.n)
+            if step % 20 == 0 or spent >= budget:
+                row = {"step": step, "seconds": round(spent), "tokens": tokens}
+                row |= {name: round(sum(values) / len(values), 4) for name, values in sums.items()}
+                if step % 100 == 0 or spent >= budget:
+                    row |= probe(model, material, arguments.data)
+                print(json.dumps(row), file=lines, flush=True)
+                bar.set_postfix({name: row[name] for name in sums})
+                sums = {}
+            if spent - last_saved >= CHECKPOINT_SECONDS or spent >= budget:
+                last_saved = spent
+                state = {"optimizer": optimizer.state_dict(), "spent": spent, "step": step, "tokens": tokens}
+                torch.save(state, checkpoint.with_suffix(".part"))
+                os.replace(checkpoint.with_suffix(".part"), checkpoint)
+                if arguments.export:
+                    export(student, material.tokenizer, arguments.export)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the data pack")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the log")
+    parser.add_argument("--export", type=Path, help="folder of the finished encoder, rewritten at each checkpoint")
+    parser.add_argument(
+        "--minutes", type=float, default=42, help="training time; the learning rate falls to zero over it"
+    )
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mlm", type=float, default=1.0, help="weight of the masked-LM loss")
+    parser.add_argument("--cosine", type=float, default=5.0)
+    parser.add_argument("--similarity", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    train(parse())

