@@ -59,7 +59,10 @@ def imported() -> set[str]:
 
 
 def declared() -> set[str]:
-    names = {re.split(r"[<>=!~\[ ]", requirement)[0].replace("-", "_") for requirement in PROJECT["dependencies"]}
+    extras = PROJECT["optional-dependencies"]
+    for_users = [requirement for name in extras if name not in ("test", "docs", "dev") for requirement in extras[name]]
+    requirements = [*PROJECT["dependencies"], *for_users]
+    names = {re.split(r"[<>=!~\[ ]", requirement)[0].replace("-", "_") for requirement in requirements}
     return {IMPORT_NAMES.get(name, name) for name in names}
 
 

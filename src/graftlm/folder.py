@@ -227,7 +227,9 @@ def renamed_into(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> Path:
+def save(
+    model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path
+) -> Path:
     """Writes `adapter/`, or `model/` in full fine-tuning, with tokenizer and label names; returns the folder."""
     adapted = isinstance(model, peft.PeftModel)
     target = folder / (ADAPTER if adapted else MODEL)

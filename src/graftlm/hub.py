@@ -42,7 +42,7 @@ def push(recipe: Recipe, folder: Path) -> str:
         ModelError: the hub refuses.
     """
     api = huggingface_hub.HfApi()
-    repository = recipe.output.push_to_hub
+    repository = str(recipe.output.push_to_hub)
     weights = next(folder / name for name in (ADAPTER, MODEL) if (folder / name).is_dir())
     try:
         address = str(api.create_repo(repository, private=recipe.output.private, exist_ok=True))

@@ -25,7 +25,16 @@ _TASKS = {
 _HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "micro_f1": "f1", "token_f1": "f1", "entity_f1": "seqeval"}
 _HUB_METRICS |= {"token_accuracy": "accuracy", "f1": "squad", "exact_match": "squad", "pearson": "pearsonr"}
 _HUB_METRICS |= {"spearman": "spearmanr", "rmse": "mse"}
-_HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "bsd-3-clause", "gpl-3.0")
+_HUB_LICENCES: tuple[str, ...] = (
+    "apache-2.0",
+    "mit",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "bsd-3-clause",
+    "gpl-3.0",
+)
 _HUB_LICENCES += ("cc-by-sa-3.0", "cc-by-3.0", "cc-by-2.0", "afl-3.0", "llama3", "gemma", "openrail", "unlicense")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[A-Za-z][\w-]*(\.[\w-]+)*")
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def majority(task: str, train_labels: Sequence, labels: Sequence) -> float | Non
         metrics_for(task)
         return None
     if task == "multi_label":
-        guess = np.zeros(np.shape(labels))
+        guess: Any = np.zeros(np.shape(labels))
         guess[:, int(np.asarray(train_labels).sum(axis=0).argmax())] = 1
     elif task == "token_classification":
         tag = _most_frequent(chain.from_iterable(train_labels))

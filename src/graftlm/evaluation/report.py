@@ -63,7 +63,8 @@ def _page(folder: Path) -> dict[str, Any]:
     steps = result.cost.steps or None
     start = int(trace.steps[0]) if trace else 0
     drawn = pictures.both_widths
-    curve = pictures.curves(log, result.metric, (start, steps) if steps else None)
+    left = trace.margin if trace else pictures.MARGIN
+    curve = pictures.curves(log, result.metric, (start, steps) if steps else None, left)
     return {
         "result": result,
         "metric": metric_of(result.metric),
@@ -108,7 +109,7 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
             )
     known = [score for score in result.zero_shot if result.primary(score).value is not None]
     if known:
-        mean = statistics.fmean(result.primary(score).value for score in known)
+        mean = statistics.fmean(value for s in known if (value := result.primary(s).value) is not None)
         name = (
             f"mean of {count(len(known))} languages without labels"
             if len(known) > 1

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graftlm.errors import DataError
 from graftlm.evaluation.table import ScoreTable, metric_of
 
-SCHEMA = "graftlm.result/1"
+SCHEMA: Final = "graftlm.result/1"
 FILE = "result.json"
 
 

@@ -44,7 +44,7 @@ def summary(result: Result) -> list[str]:
         if len(known) == 1:
             sentences.append(f"Without a label in it, it reads {named[0]}.")
         else:
-            mean = statistics.fmean(result.primary(score).value for score in known)
+            mean = statistics.fmean(value for s in known if (value := result.primary(s).value) is not None)
             sentences.append(
                 f"In {count(len(known))} languages without labels it averages {with_unit(mean, result)}:"
                 f" best in {named[0]}, worst in {named[-1]}."
@@ -55,7 +55,7 @@ def summary(result: Result) -> list[str]:
         sentences.append(f"In {where} clearly better than always giving the most frequent label.")
     gains = [score.gain for score in known if score.gain and score.gain.value is not None]
     if gains:
-        mean = statistics.fmean(gain.value for gain in gains)
+        mean = statistics.fmean(gain.value for gain in gains if gain.value is not None)
         where = "the languages without labels" if len(known) > 1 else language_name(known[0].language)
         sentence = f"Against standard training the gain in {where} is {with_unit(mean, result, signed=True)}"
         sentence += " on average" if len(gains) > 1 else ""
@@ -75,7 +75,7 @@ def _list(names: Sequence[str]) -> str:
 def _clear(gains: Sequence[Interval]) -> str:
     """In how many languages the paired interval leaves zero out, and on which side."""
     bounded = [gain for gain in gains if gain.low is not None and gain.high is not None]
-    above, below = sum(gain.low > 0 for gain in bounded), sum(gain.high < 0 for gain in bounded)
+    above, below = sum((gain.low or 0) > 0 for gain in bounded), sum((gain.high or 0) < 0 for gain in bounded)
     if len(gains) == 1:
         return "its 95 % interval " + ("lies above zero" if above else "lies below zero" if below else "includes zero")
     if not above and not below:

@@ -146,8 +146,8 @@ class ScoreTable:
         caption += f" ({sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''} items)." if sizes else "."
         if any(score.gain for score in result.scores):
             caption += " The gain is paired with standard training on the same items."
-        rows = tuple(tuple(row[i] for i in kept) for row in rows)
-        return cls(tuple(columns[i] for i in kept), rows, sum(score.is_source for score in result.scores), caption)
+        shown = tuple(tuple(row[i] for i in kept) for row in rows)
+        return cls(tuple(columns[i] for i in kept), shown, sum(score.is_source for score in result.scores), caption)
 
     def markdown(self) -> str:
         """A GitHub-flavoured table; ``|`` and markup in names are escaped."""

@@ -52,7 +52,7 @@ def score(
     made = statistics(task, labels, predictions)
     _check(resamples, confidence)
     n = len(labels)
-    drawn = {name: [] for name in made}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in made}
     for w in _multiplicities(n, resamples, seed):
         for name, statistic in made.items():
             drawn[name].append(statistic(w))
@@ -99,7 +99,7 @@ def paired_gain(
         raise DataError(
             "ids must be given for both sides or for none", found="ids" if reference_ids is None else "reference_ids"
         )
-    if ids is not None:
+    if ids is not None and reference_ids is not None:
         _check_ids(ids, reference_ids, len(labels))
     _check(resamples, confidence)
     ours, theirs = statistics(task, labels, predictions), statistics(task, labels, reference)

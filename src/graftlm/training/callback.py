@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tqdm.auto import tqdm
@@ -90,7 +91,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         for name, value in (("trace_examples", trace_examples), ("record_trace", record_trace)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SetupError(f"{name} is a number of at least 1, or None", found=repr(value))
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "schedule": schedule,
             "every_n_steps": every_n_steps,
             "order": None if order is None else list(order),

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def infer_task(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> str:
             continue
         if task != "classification":
             return task
-        config, labels = module.config, batch.get("labels")
+        config: Any = module.config
+        labels = batch.get("labels")
         if (problem := getattr(config, "problem_type", None)) is not None:
             return _PROBLEM_TYPES.get(problem, "classification")
         if config.num_labels == 1:
@@ -145,7 +147,7 @@ def _distributed() -> bool:
 @contextmanager
 def _same_random_state(collate):
     """Collators that mask or augment draw random numbers; the training run must not see that."""
-    generator = getattr(getattr(collate, "data_collator", collate), "generator", None)
+    generator: Any = getattr(getattr(collate, "data_collator", collate), "generator", None)
     states = random.getstate(), np.random.get_state(), getattr(generator, "get_state", lambda: None)()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):

@@ -192,7 +192,7 @@ class Unfreezer:
     def _largest_trace(self, i: int) -> str:
         if len(self.frozen) == 1:
             return self.frozen[0]
-        traces = self._traces(i)
+        traces = self._traces(i)  # type: ignore[misc]  # __init__ refuses the fisher schedule without them
         missing = [name for name in self.frozen if not math.isfinite(traces.get(name, math.nan))]
         if missing:
             raise SetupError(
@@ -233,7 +233,7 @@ def plan(
         return [(every_n_steps if schedule == "lpft" else 0, names)]
     if schedule == "fisher":
         return [(n * every_n_steps, None) for n in range(len(names))]
-    chosen = _permutation(names, order) if schedule == "fixed" else _ORDERS[schedule](names, seed)
+    chosen = _permutation(names, order or ()) if schedule == "fixed" else _ORDERS[schedule](names, seed)
     return [(n * every_n_steps, (name,)) for n, name in enumerate(chosen)]
 
 
@@ -262,7 +262,7 @@ def _permutation(names: tuple[str, ...], order: Sequence[str | int]) -> list[str
             found=list(order),
             allowed=f"a permutation of 0 … {len(names) - 1}, or of {', '.join(names)}",
         )
-    return chosen
+    return [str(name) for name in chosen]
 
 
 def _discard_gradient(parameter: nn.Parameter) -> None:
