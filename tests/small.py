@@ -1,6 +1,7 @@
 """Small runs for the tests: a tiny model in a folder, text that can be learned from, recipes over both.
 
-Texts are words "w0" … "w79" of the tiny tokenizer. The label follows from the words: red has w0 … w19, blue w20 … w39, green w40 … w59.
+Texts are words "w0" … "w59" of the tiny tokenizer. The label follows from the words: red has w0 … w19, blue w20 … w39,
+green w40 … w59.
 """
 
 from __future__ import annotations

@@ -107,7 +107,9 @@ def test_starter_files_and_no_way_out(recipe):
     split = read(recipe(id="id"), "starter:messages/dev.eng.jsonl")
     assert len(split) >= 100
     assert len(set(split.ids)) == len(split)
-    assert "starter:messages/dev.eng.jsonl" in refused(recipe(), "starter:messages/dev.xyz.jsonl"), "lists what there is"
+    assert "starter:messages/dev.eng.jsonl" in refused(recipe(), "starter:messages/dev.xyz.jsonl"), (
+        "lists what there is"
+    )
     with pytest.raises(DataError, match="leads out"):
         starter_path("starter:../errors.py")
 
@@ -172,7 +174,8 @@ def test_regression_labels_are_finite_numbers(recipe, tmp_path):
     write_rows(tmp_path / "a.csv", [{"text": "a", "label": "0.25"}, {"text": "b", "label": -3}])
     assert read(recipe("regression"), "a.csv").labels == [0.25, -3.0]
     for bad in ("NaN", '"x"', "null", "true", "1e999", "[1]"):
-        (tmp_path / "b.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "a", "label": %s}' % bad, encoding="utf-8")
+        rows = f'{{"text": "a", "label": 1}}\n{{"text": "a", "label": {bad}}}'
+        (tmp_path / "b.jsonl").write_text(rows, encoding="utf-8")
         message = refused(recipe("regression"), "b.jsonl")
         assert "b.jsonl, row 2" in message
         assert "finite number" in message

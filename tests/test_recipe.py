@@ -82,7 +82,9 @@ def test_every_value_knows_its_origin(write):
 
 
 def test_the_resolved_recipe_reads_as_the_same_recipe(write):
-    text = BASE + 'adapter: {method: none}\nlicences: {data: "CC: #1, it\'s \\"x\\""}\ntraining: {learning_rate: 1e-5}\n'
+    text = (
+        BASE + 'adapter: {method: none}\nlicences: {data: "CC: #1, it\'s \\"x\\""}\ntraining: {learning_rate: 1e-5}\n'
+    )
     recipe = load_recipe(write(text))
     again = load_recipe(write(recipe.resolved(), "resolved.yaml"))
     assert again.values() == recipe.values()

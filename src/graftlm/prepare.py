@@ -10,11 +10,12 @@ import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftlm.callbacks import ProgressBar, StopAndSave, TrainingClock
 from graftlm.data import Labels, Split, load_split
-from graftlm.errors import RecipeError
+from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
 from graftlm.folder import Loaded, load_model, load_tokenizer
 from graftlm.recipe import Recipe
@@ -174,6 +175,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
     """
     training, has_dev = recipe.training, recipe.data.dev is not None
     _check_arguments(recipe)
+    _check_trackers(recipe)
     strategy = "steps" if training.eval_steps else "epoch"
     warmup = training.warmup_steps
     values: dict[str, Any] = {
@@ -213,6 +215,15 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
         raise RecipeError(
             f"transformers refuses the training arguments: {error}", found=recipe.training.arguments
         ) from error
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    known = sorted({*integration_utils.INTEGRATION_TO_CALLBACK, "all"})
+    for name in recipe.output.report_to:
+        if name not in known:
+            raise RecipeError(f"{recipe.origin('output.report_to')}: no such tracker", found=name, allowed=known)
+        if name != "all" and name not in integration_utils.get_available_reporting_integrations():
+            raise MissingExtra(f"output.report_to: {name} is not installed", found=name, fix=f"pip install {name}")
 
 
 def _check_arguments(recipe: Recipe) -> None:
