@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -57,6 +58,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "graftlm",
 }
+MARGIN, RIGHT = 64, 14  # of the heat map and of the curves: their steps stand under one another
 _RASTER_ABOVE = 4000  # cells of a heat map; more of them as paths would make the page heavy
 
 
@@ -81,7 +83,7 @@ class Trace:
         layers = tuple(sorted(positions, key=positions.__getitem__))
         steps = sorted({row["step"] for row in rows})
         values = np.full((len(layers), len(steps)), np.nan)
-        opened = {}
+        opened: dict[str, int] = {}
         for row in rows:
             if row.get("trace") is not None:
                 values[layers.index(row["layer"]), steps.index(row["step"])] = row["trace"]
@@ -100,6 +102,22 @@ class Trace:
     def measured(self) -> bool:
         """Whether there is anything to colour: a logarithm needs a value above 0."""
         return bool((np.nan_to_num(self.values) > 0).any())
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the layers are told by their numbers alone."""
+        return all(re.fullmatch(r"layer\.\d+", name) for name in self.layers)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers as an axis shows them."""
+        names = [name.removeprefix("layer.") if self.numbered else inert(name) for name in self.layers]
+        return [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+
+    @property
+    def margin(self) -> float:
+        """Room to the left of the picture that the names take."""
+        return max(MARGIN, 36 + 7 * max(map(len, self.names)))
 
     @property
     def worth_showing(self) -> bool:
@@ -139,7 +157,7 @@ def _svg(figure: Figure, prefix: str, css_class: str, label: str) -> Markup:
         for child in list(parent):
             if child.tag in ("metadata", "style"):
                 parent.remove(child)
-    _, _, width, height = root.get("viewBox").split()
+    _, _, width, height = root.get("viewBox", "").split()
     root.attrib = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label, "class": css_class}
     text = ElementTree.tostring(root, encoding="unicode")
     return Markup(re.sub("#0[1-6]0[1-6]0[1-6]", lambda found: f"var(--{_VARIABLES[found[0]]})", text))
@@ -215,15 +233,13 @@ def scores(result: Result) -> Callable[[bool], Figure]:
 def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Figure]:
     """tr(F), layer × step, on a log colour scale, with a mark where a layer was opened."""
     first, end = int(trace.steps[0]), max(last_step or 0, int(trace.steps[-1]) + 1)
-    plain = all(re.fullmatch(r"layer\.\d+", name) for name in trace.layers)
-    names = [name.removeprefix("layer.") if plain else inert(name) for name in trace.layers]
-    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+    names, left = trace.names, trace.margin
 
     def draw(narrow: bool) -> Figure:
         count = len(names)
         row = max(9.0, min(26.0, 420 / count))
         bar = 62 if trace.measured else 30
-        figure, axes = _figure(narrow, row * count + 60 + bar, left=LEFT, right=RIGHT, top=bar, bottom=50)
+        figure, axes = _figure(narrow, row * count + 60 + bar, left=left, right=RIGHT, top=bar, bottom=50)
         if trace.measured:
             _cells(figure, axes, trace, end, narrow, bar)
         for y, layer in enumerate(trace.layers):
@@ -233,25 +249,7 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
                 if opened is not None:
                     axes.barh(y, end - opened, left=opened, height=0.86, color=ACCENT)
             elif opened is not None:
-                # white in black: seen on every colour of the map, on light and on dark pages
-                axes.plot(
-                    [opened] * 2,
-                    [y - 0.5, y + 0.5],
-                    color="black",
-                    lw=3.6,
-                    solid_capstyle="butt",
-                    zorder=5,
-                    clip_on=False,
-                )
-                axes.plot(
-                    [opened] * 2,
-                    [y - 0.5, y + 0.5],
-                    color="white",
-                    lw=1.8,
-                    solid_capstyle="butt",
-                    zorder=6,
-                    clip_on=False,
-                )
+                _mark(axes, opened, y - 0.5, y + 0.5)
         every = max(1, round(count / 16))
         axes.set_yticks(range(0, count, every), names[::every])
         axes.set_ylim(-0.5, count - 0.5)
@@ -259,13 +257,16 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True, steps=[1, 2, 5, 10]))
         axes.spines["bottom"].set_visible(False)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("layer (0 = bottom)" if plain else "layer, bottom to top")
+        axes.set_ylabel("layer (0 = bottom)" if trace.numbered else "layer, bottom to top")
         return figure
 
     return draw
 
 
-LEFT, RIGHT = 64, 14  # of the heat map and of the curves: their steps stand under one another
+def _mark(axes: Axes, x: float, low: float, high: float) -> None:
+    """A white bar in black: seen on every colour of the map, on light and on dark pages."""
+    for colour, width in (("black", 3.6), ("white", 1.8)):
+        axes.plot([x, x], [low, high], color=colour, lw=width, solid_capstyle="butt", zorder=5, clip_on=False)
 
 
 def _edges(steps: np.ndarray, end: int) -> np.ndarray:
@@ -288,21 +289,21 @@ def _cells(figure: Figure, axes: Axes, trace: Trace, end: int, narrow: bool, bar
     )
     mesh.set_gid("cells")
     width, height = figure.get_size_inches() * 72
-    inside = width - LEFT - RIGHT
-    place = figure.add_axes((LEFT / width, 1 - 34 / height, inside * (0.62 if narrow else 0.42) / width, 10 / height))
+    left = trace.margin
+    inside = width - left - RIGHT
+    place = figure.add_axes((left / width, 1 - 34 / height, inside * (0.62 if narrow else 0.42) / width, 10 / height))
     scale = figure.colorbar(mesh, cax=place, orientation="horizontal")
     scale.outline.set_visible(False)
     place.xaxis.set_major_locator(LogLocator(numticks=5))
     place.xaxis.set_minor_locator(NullLocator())
     place.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _power(x)))
-    figure.text(LEFT / width, 1 - 16 / height, "tr(F) per example, log scale", color=MUTED, fontsize=12, va="bottom")
+    figure.text(left / width, 1 - 16 / height, "tr(F) per example, log scale", color=MUTED, fontsize=12, va="bottom")
     if trace.opened:
-        x = (LEFT + inside) / width
+        x = (left + inside) / width
         figure.text(x, 1 - 16 / height, "unfrozen", color=MUTED, fontsize=12, va="bottom", ha="right")
         mark = figure.add_axes((x - 76 / width, 1 - 19 / height, 12 / width, 16 / height))
         mark.axis("off")
-        mark.plot([0, 0], [0, 1], color="black", lw=3.6, solid_capstyle="butt")
-        mark.plot([0, 0], [0, 1], color="white", lw=1.8, solid_capstyle="butt")
+        _mark(mark, 0, 0, 1)
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -315,7 +316,7 @@ def _power(x: float) -> str:
 
 
 def curves(
-    log: Sequence[dict], metric_name: str, steps: tuple[int, int] | None = None
+    log: Sequence[dict], metric_name: str, steps: tuple[int, int] | None = None, left: float = MARGIN
 ) -> Callable[[bool], Figure] | None:
     """Training and dev loss, and under it the dev score, over steps; None where the log has neither."""
     metric = metric_of(metric_name)
@@ -334,12 +335,12 @@ def curves(
         figure = Figure(figsize=(width / 72, total / 72))
         for number, panel in enumerate(panels):
             bottom = 46 + (len(panels) - 1 - number) * (height + gap)
-            axes = figure.add_axes((LEFT / width, bottom / total, 1 - (LEFT + RIGHT) / width, height / total))
+            axes = figure.add_axes((left / width, bottom / total, 1 - (left + RIGHT) / width, height / total))
             title = "loss" if panel[0] is training else f"dev {metric.title}" + (", %" if metric.percent else "")
             for series, colour, name in zip(panel, (SECOND, ACCENT), ("training", "dev"), strict=False):
                 if len(series[0]):
                     colour = ACCENT if panel[0] is dev_score else colour
-                    marker = {"marker": "o", "ms": 5} if name == "dev" or panel[0] is dev_score else {}
+                    marker: dict[str, Any] = {"marker": "o", "ms": 5} if name == "dev" or panel[0] is dev_score else {}
                     axes.plot(*series, color=colour, lw=2, label=name, clip_on=False, **marker)
             axes.text(0, 1.06, title, transform=axes.transAxes, color=MUTED, fontsize=12)
             if sum(len(series[0]) > 0 for series in panel) > 1:
