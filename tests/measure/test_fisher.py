@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 from torch import nn
 
 from graftlm.errors import SetupError
 from graftlm.measure.fisher import FisherTrace, fisher_trace
 from graftlm.measure.likelihood import KINDS
-from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 
 TASK = {"sequence_classification": "classification"}
 PAIRS = [
