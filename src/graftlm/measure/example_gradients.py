@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 
@@ -12,9 +12,10 @@ class ExampleGradients:
 
     For a linear layer with inputs X (tokens × in) and output gradients G (tokens × out) of one example the gradient is
     :math:`G^\top X`, and its squared norm :math:`\langle XX^\top, GG^\top \rangle`; whichever of the two is smaller is
-    formed. Embeddings use the second with "same token" in place of :math:`XX^\top`. Any other module with parameters
-    of its own is differentiated example by example through `torch.func`, on that module alone. Nothing is accumulated
-    into ``.grad``, and the gradients of the weights themselves are not asked of the autograd engine.
+    formed. Embeddings use the second with "same token" in place of :math:`XX^\top`; a matrix that embeds the input and
+    makes the output (tied) has both parts and twice their product. Any other module with parameters of its own is
+    differentiated example by example through `torch.func`, on that module alone. Nothing is accumulated into ``.grad``,
+    and the gradients of the weights themselves are not asked of the autograd engine.
 
     Args:
         model: the model whose forward pass is recorded inside the ``with`` block, once.
@@ -23,8 +24,9 @@ class ExampleGradients:
         examples: the number of examples; `rows` is a multiple of it (several choices an example).
 
     Attributes:
-        unseen: parameters that no recorded call can account for (shared between modules, used without a call of their
-            module, or in a call without a batch dimension); the caller has to differentiate them one by one.
+        unseen: parameters that no recorded call can account for (shared between modules other than embeddings and
+            linear layers, used without a call of their module, or in a call without a batch dimension); the caller has
+            to differentiate them one by one.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], rows: int, examples: int):
@@ -36,12 +38,19 @@ class ExampleGradients:
                 if parameter in owners:
                     owners[parameter].append(module)
         self._owner = {p: modules[0] for p, modules in owners.items() if len(modules) == 1}
+        self._tied = {
+            p: modules
+            for p, modules in owners.items()
+            if len(modules) > 1 and all(isinstance(m, nn.Embedding) or type(m) is nn.Linear for m in modules)
+        }
         self._strange: set[nn.Module] = set()
+        self._scales: dict[nn.Module, float | None] = {}
         self._handles: list = []
         self.unseen: list[nn.Parameter] = list(parameters)
 
     def __enter__(self) -> "ExampleGradients":
-        for module in dict.fromkeys(self._owner.values()):
+        several = [module for modules in self._tied.values() for module in modules]
+        for module in dict.fromkeys([*self._owner.values(), *several]):
             if isinstance(module, nn.Embedding):
                 self._handles.append(module.register_forward_pre_hook(self._expand))
             self._handles.append(module.register_forward_hook(self._record, with_kwargs=True))
@@ -52,7 +61,12 @@ class ExampleGradients:
             handle.remove()
         self._handles.clear()
         seen = {module for module in self._calls if module not in self._strange}
-        self.unseen = [p for p in self.unseen if self._owner.get(p) not in seen]
+        self._tied = {
+            p: [m for m in modules if m in self._calls]
+            for p, modules in self._tied.items()
+            if not self._strange.intersection(modules) and seen.intersection(modules)
+        }
+        self.unseen = [p for p in self.unseen if self._owner.get(p) not in seen and p not in self._tied]
 
     def squared_norms(self, outputs: Tensor, direction: Tensor) -> dict[nn.Parameter, Tensor]:
         """Parameter → (examples,) for the vector-Jacobian product of `outputs` with `direction`."""
@@ -61,13 +75,21 @@ class ExampleGradients:
         if not tensors:
             return {}
         gradients = iter(torch.autograd.grad(outputs, tensors, direction, retain_graph=True, allow_unused=True))
+        calls = {
+            module: [(x, g) for (x, _), g in [(call, next(gradients)) for call in self._calls[module]] if g is not None]
+            for module in modules
+        }
         norms: dict[nn.Parameter, Tensor] = {}
         for module in modules:
-            calls = [(x, g) for (x, _), g in [(c, next(gradients)) for c in self._calls[module]] if g is not None]
-            if calls:
-                found = self._module_norms(module, calls)
-                wanted = dict(module.named_parameters(recurse=False))
-                norms |= {p: found[name] for name, p in wanted.items() if self._owner.get(p) is module}
+            wanted = {name: p for name, p in module.named_parameters(recurse=False) if self._owner.get(p) is module}
+            if calls[module] and wanted:
+                found = self._module_norms(module, calls[module])
+                norms |= {p: found[name] for name, p in wanted.items()}
+        for parameter, owners in self._tied.items():
+            lookups = [self._lookup(m, x, g) for m in owners if isinstance(m, nn.Embedding) for x, g in calls[m]]
+            products = [(x, g) for m in owners if not isinstance(m, nn.Embedding) for x, g in calls[m]]
+            if lookups or products:
+                norms[parameter] = self._tied_norms(lookups, products)
         return norms
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -83,9 +105,13 @@ class ExampleGradients:
             return False
         if not isinstance(module, nn.Embedding):
             return True
-        # A table of relative positions is called with (query, key), which can look like (rows, tokens); subclasses
-        # scale what they look up.
-        return type(module) is nn.Embedding and x.ndim == 2 and (x.shape[0] != x.shape[1] or self._rows == 1)
+        # A table of relative positions is called with (query, key), which can look like (rows, tokens).
+        if x.ndim != 2 or (x.shape[0] == x.shape[1] and self._rows > 1):
+            return False
+        if type(module) is not nn.Embedding:  # Gemma multiplies what it looks up
+            self._scales[module] = _scale(module, x, output)
+            return self._scales[module] is not None
+        return True
 
     def _expand(self, module: nn.Module, args: tuple) -> tuple | None:
         """Position ids come once for the whole batch; one copy an example changes nothing but keeps examples apart."""
@@ -94,22 +120,48 @@ class ExampleGradients:
         return None
 
     def _module_norms(self, module: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        if type(module) is nn.Linear:  # a subclass may compute something else
+        if type(module) is nn.Linear or _is_transposed_linear(module):  # a subclass may compute something else
             x, g = (torch.cat([self._by_example(pair[i]) for pair in calls], dim=1) for i in (0, 1))
             norms = {"weight": _linear_norms(x, g)}
             return norms | {"bias": g.sum(1).square().sum(-1)} if module.bias is not None else norms
         if isinstance(module, nn.Embedding):
-            ids = torch.cat([x.reshape(self._examples, -1) for x, _ in calls], dim=1)
-            g = torch.cat([self._by_example(g) for _, g in calls], dim=1)
-            if module.padding_idx is not None:
-                g = g * (ids != module.padding_idx).unsqueeze(-1)
-            same = ids.unsqueeze(1) == ids.unsqueeze(2)
-            return {"weight": (torch.einsum("bsd,btd->bst", g, g) * same).sum((1, 2))}
+            ids, g = (
+                torch.cat(parts, dim=1) for parts in zip(*(self._lookup(module, x, g) for x, g in calls), strict=True)
+            )
+            return {"weight": _lookup_norms(ids, g)}
+        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            x, g = (torch.cat([self._by_example(pair[i]) for pair in calls], dim=1) for i in (0, 1))
+            normed = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+            norms = {"weight": (g * normed).sum(1).square().sum(-1)}
+            return norms | {"bias": g.sum(1).square().sum(-1)} if module.bias is not None else norms
         totals: dict[str, Tensor] = {}
         for x, g in calls:
             for name, gradient in self._gradients_by_example(module, x, g).items():
                 totals[name] = totals.get(name, 0) + gradient
         return {name: value.float().flatten(1).square().sum(1) for name, value in totals.items()}
+
+    def _lookup(self, module: nn.Embedding, ids: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """(examples, tokens) ids and the gradients (examples, tokens, d) that arrive at their rows of the table."""
+        if type(module) is not nn.Embedding:
+            g = g * self._scales[module]  # type: ignore[operator]  # a module without a scale was refused
+        g = self._by_example(g)
+        ids = ids.reshape(self._examples, -1)
+        return ids, g if module.padding_idx is None else g * (ids != module.padding_idx).unsqueeze(-1)
+
+    def _tied_norms(self, lookups: list[tuple[Tensor, Tensor]], products: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """For one table W used by rows (e = W[ids]) and as a matrix (z = W x): the squared norm of the sum of both."""
+        norms = torch.zeros(())
+        if lookups:
+            ids, g = (torch.cat(parts, dim=1) for parts in zip(*lookups, strict=True))
+            norms = _lookup_norms(ids, g)
+        if products:
+            x, z = (torch.cat([self._by_example(pair[i]) for pair in products], dim=1) for i in (0, 1))
+            x, z = _used_positions(x, z)
+            norms = norms + _linear_norms(x, z)
+            if lookups:
+                columns = z.gather(2, ids.unsqueeze(1).expand(-1, z.shape[1], -1))
+                norms = norms + 2 * (columns * torch.einsum("bsd,btd->bst", x, g)).sum((1, 2))
+        return norms
 
     def _by_example(self, x: Tensor) -> Tensor:
         """(rows, …, d) → (examples, tokens, d) in float32, or in float64 where it was."""
@@ -121,7 +173,9 @@ class ExampleGradients:
         rest = {k: v for k, v in module.named_parameters() if k not in weights} | dict(module.named_buffers())
 
         def one(row: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-            _, pull = torch.func.vjp(lambda w: torch.func.functional_call(module, (w, rest), (row,)), weights)
+            _, pull = torch.func.vjp(  # type: ignore[misc]  # three values only with has_aux
+                lambda w: torch.func.functional_call(module, (w, rest), (row,)), weights
+            )
             return pull(gradient)[0]
 
         split = (self._examples, self._rows // self._examples)
@@ -135,3 +189,31 @@ def _linear_norms(
     if tokens * (width_in + width_out) < width_in * width_out:
         return (torch.einsum("bsi,bti->bst", x, x) * torch.einsum("bso,bto->bst", g, g)).sum((1, 2))
     return torch.einsum("bto,bti->boi", g, x).square().sum((1, 2))
+
+
+def _lookup_norms(
+    ids: Shaped[Tensor, "examples tokens"], g: Float[Tensor, "examples tokens width"]
+) -> Float[Tensor, " examples"]:
+    same = ids.unsqueeze(1) == ids.unsqueeze(2)
+    return (torch.einsum("bsd,btd->bst", g, g) * same).sum((1, 2))
+
+
+def _used_positions(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions with a gradient, moved to the front; a masked LM has one at every seventh of them."""
+    used = (z != 0).any(-1)
+    most = int(used.sum(1).max())
+    order = used.int().argsort(dim=1, descending=True, stable=True)[:, : max(most, 1)].unsqueeze(-1)
+    return x.gather(1, order.expand(-1, -1, x.shape[-1])), z.gather(1, order.expand(-1, -1, z.shape[-1]))
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer that keeps its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _scale(module: nn.Embedding, ids: Tensor, output: Tensor) -> float | None:
+    """The number that a subclass of Embedding multiplies its rows with, or None if it does something else."""
+    rows, found = module.weight.detach()[ids].float(), output.detach().float()
+    scale = float((found * rows).sum() / rows.square().sum().clamp_min(1e-30))
+    tolerance = 2 * torch.finfo(output.dtype).eps
+    return scale if torch.allclose(found, scale * rows, rtol=tolerance * 4, atol=tolerance * abs(scale)) else None

@@ -73,7 +73,7 @@ def fisher_trace(
         task: ``classification``, ``multiple_choice``, ``multi_label``, ``regression``, ``token_classification``,
             ``question_answering``, ``causal_lm``, ``masked_lm`` or ``seq2seq_lm``. Where an example has several
             predictions (tokens, start and end), log p is their sum, given the true prefix.
-        kind: where ŷ comes from. ``sampled``: one draw from the model's own p(·|x), unbiased for tr(F). ``exact``:
+        kind: where ŷ comes from. ``sampled``: one draw from the model's own p(· | x), unbiased for tr(F). ``exact``:
             the expectation over every label, one backward pass for each (classification, multi-label, regression, and
             short token classification or question answering). ``mode``: argmax p, as the authors' release does; biased.
             ``empirical``: the gold labels; not the Fisher information but often used for it.
@@ -110,7 +110,7 @@ def fisher_trace(
     sums = {name: np.zeros(2) for name in groups}
     examples = 0
     ids_of_batches = iter(example_ids) if example_ids is not None else None
-    with _undisturbed(model, groups):
+    with undisturbed(model, groups):
         for batch in batches:
             rows = len(next(iter(batch.values())))
             ids = next(ids_of_batches) if ids_of_batches is not None else range(examples, examples + rows)
@@ -147,11 +147,11 @@ def _squared_norms(model, batch, groups: Groups, task: str, kind: str, keys) -> 
                 for parameter, gradient in zip(recorder.unseen, gradients, strict=True):
                     if gradient is not None:
                         squares[parameter][row] += gradient.double().square().sum().cpu()
-    return {name: sum(squares[p] for p in group) for name, group in groups.items()}
+    return {name: torch.stack([squares[p] for p in group]).sum(0) for name, group in groups.items()}
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, groups: Groups):
+def undisturbed(model: nn.Module, groups: Groups):
     """Evaluation mode and gradients for every group inside; everything as it was outside."""
     training = {module: module.training for module in model.modules()}
     wanted = [(p, p.requires_grad) for group in groups.values() for p in group]

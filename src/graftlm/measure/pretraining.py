@@ -1,0 +1,79 @@
+"""Squared gradients of a pretraining loss: one number for each example and tensor."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from graftlm.measure import likelihood
+from graftlm.measure.example_gradients import ExampleGradients
+from graftlm.measure.likelihood import IGNORED
+
+
+def example_losses(task: str, outputs, batch: Mapping[str, Tensor]) -> Float[Tensor, " examples"]:
+    """The mean cross-entropy of each example over *its own* predicted tokens.
+
+    `outputs.loss` would be a mean over the tokens of the whole batch, in which a long text counts more.
+
+    Args:
+        task: ``masked_lm``, ``causal_lm`` or ``seq2seq_lm`` (span corruption).
+        outputs: of the model; logits (examples, tokens, vocabulary).
+        batch: with ``labels`` (examples, tokens); −100 is not predicted.
+    """
+    logits = getattr(outputs, "logits", None)
+    logits, labels = outputs[0] if logits is None else logits, batch["labels"]
+    if task == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    mask = labels != IGNORED
+    # only the predicted positions become float32 and log-probabilities: every seventh in masked LM
+    found = logits[mask]
+    found = found if found.dtype == torch.float64 else found.float()
+    losses = nn.functional.cross_entropy(found, labels[mask], reduction="none")
+    rows = mask.nonzero()[:, 0]
+    sums = torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_add(0, rows, losses)
+    return sums / mask.sum(1)
+
+
+def squared_gradients(
+    model: nn.Module, batch: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], *, task: str
+) -> tuple[Float[Tensor, " examples"], Float[Tensor, "examples tensors"]]:
+    r"""The diagonal empirical Fisher of the pretraining loss, averaged over the elements of each tensor.
+
+    .. math:: f_{it} = \frac{1}{|\theta_t|} \lVert \nabla_{\theta_t} \ell_i \rVert^2, \qquad
+              \ell_i = \frac{1}{|M_i|} \sum_{j \in M_i} -\log p(x_{ij} \mid \tilde x_i)
+
+    with :math:`M_i` the predicted tokens of example i. Only squared norms are needed, so no gradient of a weight is
+    formed (see `ExampleGradients`); a parameter that this cannot reach is differentiated example by example.
+
+    Args:
+        model: in the mode in which it is to be measured (dropout off: `graftlm.measure.fisher.undisturbed`).
+        batch: input tensors by name and ``labels``, batch first.
+        parameters: name → parameter, each requiring a gradient.
+        task: see `example_losses`.
+
+    Returns:
+        The losses of the examples (nats) and f, both in float64 on the CPU; the columns are in the order of
+        `parameters`.
+
+    Source: arXiv 2406.14005, Section 3 (the empirical Fisher of the pretraining loss).
+    """
+    tensors = list(parameters.values())
+    rows = len(batch["labels"])
+    squares = torch.zeros(rows, len(tensors), dtype=torch.float64)
+    columns = {parameter: column for column, parameter in enumerate(tensors)}
+
+    with ExampleGradients(model, tensors, rows, rows) as recorder:
+        losses = example_losses(task, model(**likelihood.inputs(task, batch)), batch)
+    total = losses.sum()
+    for parameter, values in recorder.squared_norms(total, torch.ones_like(total)).items():
+        squares[:, columns[parameter]] = values.double().cpu()
+    if recorder.unseen:
+        for row in range(rows):
+            single = {name: value[row : row + 1] for name, value in batch.items()}
+            loss = example_losses(task, model(**likelihood.inputs(task, single)), single).sum()
+            gradients = torch.autograd.grad(loss, recorder.unseen, allow_unused=True)
+            for parameter, gradient in zip(recorder.unseen, gradients, strict=True):
+                if gradient is not None:
+                    squares[row, columns[parameter]] = gradient.double().square().sum().cpu()
+    return losses.detach().double().cpu(), squares / torch.tensor([p.numel() for p in tensors], dtype=torch.float64)

@@ -1,0 +1,178 @@
+"""The measurement behind guided dropout: one row of squared gradients a text, until the ranking is settled."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from graftlm.errors import DataError, SetupError
+from graftlm.measure.fisher import undisturbed
+from graftlm.measure.likelihood import IGNORED
+from graftlm.measure.pretraining import squared_gradients
+from graftlm.training.dropout.heads import check_head as check_lm_head
+from graftlm.training.dropout.rates import rank_error
+from graftlm.training.dropout.sites import Block, canonical
+from graftlm.training.dropout.texts import Example, batches, pretraining_task
+
+_FEWEST, _GROWTH = 64, 1.15
+
+
+@dataclass(frozen=True)
+class TensorScore:
+    """The mean over texts of the mean squared gradient of a tensor's elements, its standard error, and their number."""
+
+    score: float
+    standard_error: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a measurement ended.
+
+    Attributes:
+        examples: texts that were used.
+        tokens: predicted tokens.
+        loss: mean cross-entropy a predicted token, in nats.
+        rank_error: the bootstrap's standard deviation of r / R, averaged over blocks.
+        early: whether it stopped because the ranking was settled, before the texts came to their end.
+    """
+
+    examples: int
+    tokens: int
+    loss: float
+    rank_error: float
+    early: bool
+
+    def __str__(self) -> str:
+        how = "ranking settled" if self.early else "all texts used"
+        return f"{self.examples} texts, {how}, ranks certain to ±{100 * self.rank_error:.1f} % of their range"
+
+
+def estimate_scores(
+    model: nn.Module,
+    backbone: nn.Module,
+    texts: Iterable[str],
+    tokenizer,
+    *,
+    names: Sequence[str],
+    ranked: Sequence[Block],
+    max_examples: int | None,
+    tolerance: float,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    check_head: bool,
+    progress: bool,
+) -> tuple[dict[str, TensorScore], str, Settled]:
+    """Scores of the named tensors, the task, and how the measurement ended; see `graftlm.GuidedDropout.estimate`."""
+    for what, value, least in (
+        ("max_examples", max_examples, 2),
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 4),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise SetupError(f"{what} is a number of at least {least}", found=repr(value))
+    task = pretraining_task(model)
+    by_name = {canonical(name): parameter for name, parameter in backbone.named_parameters()}
+    parameters = {name: by_name[name] for name in names}
+    mixing = _mixing(parameters, ranked)
+    device = next(iter(parameters.values())).device
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    if positions is not None and task != "seq2seq_lm":
+        max_length = min(max_length, positions - 2)  # RoBERTa counts positions from 2
+    run = _Run(check_head, model)
+
+    rows: list[np.ndarray] = []
+    error, early, check_at = math.inf, False, _FEWEST
+    total = max_examples or (len(texts) if hasattr(texts, "__len__") else None)
+    stream = batches(texts, tokenizer, task, batch_size=batch_size, max_length=max_length, seed=seed)
+    with (
+        undisturbed(model, {"measured": list(parameters.values())}),
+        tqdm(total=total, desc="Fisher information", unit="text", disable=not progress) as bar,
+    ):
+        for examples, batch in stream:
+            if max_examples is not None and run.examples + len(examples) > max_examples:
+                keep = max_examples - run.examples
+                examples, batch = examples[:keep], {name: value[:keep] for name, value in batch.items()}
+            losses, squares = squared_gradients(
+                model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
+            )
+            run.add(examples, losses, task)
+            rows.append(squares.numpy())
+            bar.update(len(examples))
+            if run.examples >= check_at:
+                run.check()
+                error = rank_error(np.concatenate(rows) @ mixing)
+                bar.set_postfix_str(f"ranks ±{100 * error:.1f} %")
+                check_at = math.ceil(check_at * _GROWTH)
+                early = 0 < tolerance >= error
+            if early or run.examples == max_examples:
+                break
+        if not rows:
+            raise DataError("no text has anything to predict", found="texts", fix="give texts of two words and more")
+        run.check()
+        if not early:
+            error = rank_error(np.concatenate(rows) @ mixing)
+        settled = Settled(run.examples, run.tokens, run.loss, error, early)
+        bar.set_postfix_str("")
+        if progress:
+            tqdm.write(str(settled))
+    values = np.concatenate(rows)
+    return _scores(values, parameters), task, settled
+
+
+def _scores(values: np.ndarray, parameters: dict[str, nn.Parameter]) -> dict[str, TensorScore]:
+    examples = len(values)
+    spread = values.std(axis=0, ddof=1) / math.sqrt(examples) if examples > 1 else np.full(values.shape[1], math.inf)
+    return {
+        name: TensorScore(float(values[:, i].mean()), float(spread[i]), parameters[name].numel())
+        for i, name in enumerate(parameters)
+    }
+
+
+def _mixing(parameters: dict[str, nn.Parameter], blocks: Sequence[Block]) -> np.ndarray:
+    """(tensors, blocks): a block's score is the unweighted mean over its tensors."""
+    columns = {name: i for i, name in enumerate(parameters)}
+    mixing = np.zeros((len(columns), len(blocks)))
+    for column, block in enumerate(blocks):
+        mixing[[columns[name] for name in block.tensors], column] = 1 / len(block.tensors)
+    return mixing
+
+
+class _Run:
+    """Counts examples, tokens and losses, and looks at the head once there are enough of them."""
+
+    def __init__(self, check_head: bool, model: nn.Module):
+        self.examples = self.tokens = 0
+        self._nats = 0.0
+        self._targets: Counter[int] = Counter()
+        self._text: Counter[int] = Counter()
+        self._unchecked, self._model = check_head, model
+
+    @property
+    def loss(self) -> float:
+        return self._nats / max(self.tokens, 1)
+
+    def add(self, examples: Sequence[Example], losses: torch.Tensor, task: str) -> None:
+        for example, loss in zip(examples, losses.tolist(), strict=True):
+            targets = [label for label in example.labels[1 if task == "causal_lm" else 0 :] if label != IGNORED]
+            self.examples += 1
+            self.tokens += len(targets)
+            self._nats += loss * len(targets)
+            self._targets.update(targets)
+            self._text.update(example.text)
+            if task == "seq2seq_lm":  # sentinels and the end are predicted, but stand in no text
+                self._text.update(target for target in targets if target not in set(example.text))
+
+    def check(self) -> None:
+        if self._unchecked:
+            self._unchecked = False
+            check_lm_head(self._model, self.loss, self._targets, self._text)

@@ -1,0 +1,112 @@
+"""A small mark of a model's backbone, by which a published measurement knows the model that it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.errors import ModelError, SetupError
+from graftlm.training.dropout.sites import canonical
+
+_SIZES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_SAMPLED = 65_536
+_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Sizes from the configuration, and one number a tensor.
+
+    The number is the projection of up to 65,536 evenly spaced elements on a fixed direction, divided by their norm:
+    rounding to bfloat16 moves it by about a thousandth, other weights by about 1.
+    """
+
+    name: str
+    config: Mapping[str, str | int]
+    shapes: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, float]
+
+    @classmethod
+    def of(cls, backbone: nn.Module, tensors: Iterable[str]) -> Fingerprint:
+        """Of the named tensors; names start at the backbone."""
+        parameters = _parameters(backbone)
+        chosen = {name: parameters[name] for name in tensors}
+        return cls(
+            str(backbone.config.name_or_path).rstrip("/").rpartition("/")[2],
+            _config(backbone),
+            {name: tuple(tensor.shape) for name, tensor in chosen.items()},
+            {name: _projection(tensor) for name, tensor in chosen.items()},
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
+        """From what `dataclasses.asdict` made of it, after a way through JSON."""
+        shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
+        return cls(values["name"], values["config"], shapes, values["weights"])
+
+    def check(self, backbone: nn.Module, check: str = "weights") -> None:
+        """Whether `backbone` is the model of this fingerprint.
+
+        Raises:
+            ModelError: it is not; the message names what differs.
+        """
+        if check not in ("weights", "config"):
+            raise SetupError("unknown check of a model", found=repr(check), allowed="weights, config")
+        config = _config(backbone)
+        differing = [f"{k}: {config.get(k)!r} (measured: {v!r})" for k, v in self.config.items() if config.get(k) != v]
+        if differing:
+            raise ModelError(
+                "the rates were measured on another model",
+                found=f"{'; '.join(differing)}; they came from {self.name or 'a model without a name'}",
+                fix="GuidedDropout.estimate on the pretrained form of this model",
+            )
+        if check == "config":
+            return
+        parameters = _parameters(backbone)
+        missing = [name for name in self.weights if name not in parameters]
+        other = [
+            name
+            for name, value in self.weights.items()
+            if name in parameters
+            and (
+                tuple(parameters[name].shape) != tuple(self.shapes[name])
+                or abs(_projection(parameters[name]) - value) > _TOLERANCE
+            )
+        ]
+        if missing or other:
+            raise ModelError(
+                "the rates were measured on other weights",
+                found=f"{len(missing)} tensors are missing and {len(other)} of {len(self.weights)} differ, "
+                f"such as {[*missing, *other][0]}",
+                fix="load the checkpoint that was measured; check='config' for one that was trained further since",
+            )
+
+
+def _config(backbone: nn.Module) -> dict[str, str | int]:
+    config = backbone.config
+    values = {key: getattr(config, key, None) for key in _SIZES}
+    return {key: value for key, value in values.items() if isinstance(value, str | int)}
+
+
+def _parameters(backbone: nn.Module) -> dict[str, Tensor]:
+    return {canonical(name): parameter.detach() for name, parameter in backbone.named_parameters()}
+
+
+def _projection(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)[:: max(1, math.ceil(tensor.numel() / _SAMPLED))].double().cpu()
+    direction = torch.cos(torch.arange(len(flat), dtype=torch.float64) * 1.618033988749895 + 1) * math.sqrt(2)
+    norm = float(flat.norm())
+    return round(float(flat @ direction) / norm, 5) if norm > 0 else 0.0
