@@ -72,6 +72,9 @@ class StopAndSave(TrainerCallback):
             control.should_training_stop = True
         return control
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
     def restore(self) -> None:
         """Puts the earlier handler of SIGINT back."""
         if self._before is not None:

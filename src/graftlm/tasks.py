@@ -213,7 +213,7 @@ class Answering(Task):
     may_refuse = False
 
     def model_arguments(self) -> dict[str, Any]:
-        return {}
+        return {"num_labels": 2}  # start and end; a checkpoint tuned on other labels would bring their number along
 
     def _rows(self, split, items, tokenizer, training):
         if training.stride >= training.max_length // 2:
