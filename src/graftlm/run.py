@@ -22,9 +22,10 @@ from graftlm.data import Split, load_split
 from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.card import write_card
 from graftlm.evaluation.metrics import majority
+from graftlm.evaluation.record import write_text
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.result import FILE as RESULT
-from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score, write_text
+from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
 from graftlm.evaluation.transfer import paired_gain, score
 from graftlm.folder import RESOLVED, load, save
 from graftlm.hub import licences, push

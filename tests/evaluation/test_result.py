@@ -13,8 +13,8 @@ from evaluation.made_up_run import made_up_result
 from rich.console import Console
 
 from graftlm.errors import DataError
-from graftlm.evaluation import result as module
-from graftlm.evaluation.result import Cost, Interval, Result, schema_rows, write_text
+from graftlm.evaluation.record import schema_rows, update_document, write_text
+from graftlm.evaluation.result import Cost, Interval, Result
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "result.md"
 
@@ -144,7 +144,7 @@ def test_the_table_leaves_out_what_was_not_run_and_keeps_hostile_names_in_their_
 
 def test_the_document_lists_the_fields_of_the_schema_and_no_others():
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (.*) \|$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert rows == list(schema_rows()), "run: python -m graftlm.evaluation.result docs/reference/result.md"
+    assert rows == list(schema_rows(Result)), "run: python -m graftlm.evaluation.result docs/reference/result.md"
 
 
 def test_the_example_in_the_document_is_a_result():
@@ -153,7 +153,7 @@ def test_the_example_in_the_document_is_a_result():
 
 
 def test_every_field_is_described():
-    assert all(meaning for _, _, meaning in schema_rows())
+    assert all(meaning for _, _, meaning in schema_rows(Result))
 
 
 def test_reading_a_result_loads_neither_torch_nor_matplotlib():
@@ -166,5 +166,5 @@ def test_reading_a_result_loads_neither_torch_nor_matplotlib():
 def test_the_document_can_be_brought_up_to_date(tmp_path):
     copy = tmp_path / "result.md"
     copy.write_text(DOCUMENT.read_text(encoding="utf-8").replace("| `name` |", "| `nome` |"), encoding="utf-8")
-    module.update_document(copy)
+    update_document(Result, copy)
     assert copy.read_text(encoding="utf-8") == DOCUMENT.read_text(encoding="utf-8")

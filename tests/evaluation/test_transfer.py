@@ -6,9 +6,9 @@ from scipy import stats
 from sklearn.metrics import f1_score, root_mean_squared_error
 
 from graftlm.errors import DataError, SetupError
-from graftlm.evaluation import transfer
 from graftlm.evaluation.metrics import majority
 from graftlm.evaluation.transfer import paired_gain, score
+from graftlm.measure import statistics as resampling
 
 
 def made_up(n, accuracy, seed, classes=3):
@@ -86,7 +86,7 @@ def test_block_size_and_seed(monkeypatch):
     first = score("classification", labels, guesses, seed=1)
     assert first == score("classification", labels, guesses, seed=1)
     assert first["macro_f1"] != score("classification", labels, guesses, seed=2)["macro_f1"]
-    monkeypatch.setattr(transfer, "_CELLS", 1000)
+    monkeypatch.setattr(resampling, "_CELLS", 1000)
     assert first == score("classification", labels, guesses, seed=1), "memory must not decide the figures"
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from graftlm import yaml_lines
 from graftlm.evaluation.folder import read_settings
-from graftlm.evaluation.result import Licences, Result, write_text
+from graftlm.evaluation.record import write_text
+from graftlm.evaluation.result import Licences, Result
 from graftlm.evaluation.summary import setup, summary
 from graftlm.evaluation.table import language_name, markdown_text
 

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from graftlm.evaluation import pictures
 from graftlm.evaluation.folder import read_lines, read_settings
-from graftlm.evaluation.result import Interval, Result, write_text
+from graftlm.evaluation.record import write_text
+from graftlm.evaluation.result import Interval, Result
 from graftlm.evaluation.summary import count, leaves_zero_out, setup, summary, with_unit
 from graftlm.evaluation.table import MISSING, inert, language_name, metric_of, number, visible
 

@@ -1,38 +1,20 @@
 """`result.json`: what a run scored, against what, at which cost; a versioned schema that a program can rely on."""
 
-import json
-import math
-import os
-import re
 import sys
-import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, Field
 
-from graftlm.errors import DataError
+from graftlm.evaluation.record import Number, Record, read_record, update_document, write_record
 from graftlm.evaluation.table import ScoreTable, metric_of
 
 SCHEMA: Final = "graftlm.result/1"
 FILE = "result.json"
 
 
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# JSON has no NaN: an undefined number is null
-Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Interval(_Record):
+class Interval(Record):
     """A value and its 95 % interval; None where undefined (a correlation with a constant) or unknown (one item)."""
 
     value: Number = Field(description="the value; scores are fractions, not percent; null: undefined on these items")
@@ -40,7 +22,7 @@ class Interval(_Record):
     high: Number = Field(None, description="upper end")
 
 
-class Score(_Record):
+class Score(Record):
     """The scores of one language on one split."""
 
     language: str = Field(description="language tag as in the recipe, for example `deu`")
@@ -60,7 +42,7 @@ class Score(_Record):
     )
 
 
-class Cost(_Record):
+class Cost(Record):
     """What the run took."""
 
     train_seconds: Number = Field(ge=0, description="wall-clock seconds of training, `trace_seconds` included")
@@ -75,7 +57,7 @@ class Cost(_Record):
     device: str = Field(description="what it ran on, for example `cpu` or the GPU's name")
 
 
-class Licences(_Record):
+class Licences(Record):
     """SPDX identifiers where there are any, else the licence's name; None where unknown."""
 
     model: str | None = Field(None, description="of the pretrained model")
@@ -83,7 +65,7 @@ class Licences(_Record):
     weights: str | None = Field(None, description="of the weights that this run wrote")
 
 
-class Result(_Record):
+class Result(Record):
     """One run's result.
 
     >>> accuracy = Interval(value=0.61, low=0.52, high=0.70)
@@ -125,40 +107,11 @@ class Result(_Record):
             DataError: no such file, not JSON, another schema version, or fields that are missing, unknown or of the
                 wrong type.
         """
-        path = Path(folder)
-        path = path / FILE if path.is_dir() or path.suffix != ".json" else path
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                "there is no result here", found=path, fix="graftlm train RECIPE writes one at the end of the run"
-            ) from None
-        except ValueError as error:
-            raise DataError("a result that is not JSON", found=f"{path}: {error}") from None
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise DataError(
-                "a result of another schema version",
-                found=f"{schema!r} in {path}",
-                allowed=SCHEMA,
-                fix="read it with the version of graftlm that its `versions` names, or run the recipe again",
-            )
-        try:
-            return cls.model_validate(record)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DataError(f"a result with a wrong field: {where}: {first['msg']}", found=path) from None
+        return read_record(cls, folder, FILE, SCHEMA, fix="graftlm train RECIPE writes one at the end of the run")
 
     def write(self, folder: str | Path) -> Path:
         """Write ``result.json`` into the folder, under a temporary name first; returns its path."""
-        path = Path(folder) / FILE
-        write_text(
-            path,
-            json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
-            + "\n",
-        )
-        return path
+        return write_record(self, folder, FILE)
 
     def primary(self, score: Score) -> Interval:
         """The primary metric of one of the scores; an undefined one where it is missing."""
@@ -190,71 +143,5 @@ class Result(_Record):
         return ScoreTable.of(self)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide a shared run folder's file
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def schema_rows(model: type[BaseModel] = Result, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(field, type, meaning) of every field, nested ones with dots, for docs/reference/result.md.
-
-    >>> next(iter(schema_rows()))
-    ('schema', 'string', 'always `"graftlm.result/1"`')
-    """
-    for name, field in model.model_fields.items():
-        title = f"{prefix}{field.alias or name}"
-        nested, shown, suffix = _type_of(field.annotation)
-        yield title, shown, field.description or ""
-        # Interval is described once, under its first use, and not in each of its places
-        if nested is not None and (nested is not Interval or title == "scores[].metrics"):
-            yield from schema_rows(nested, f"{title}{suffix}.")
-
-
-def _type_of(annotation: Any) -> tuple[type[BaseModel] | None, str, str]:
-    """(nested model or None, type as JSON names it, what stands between the field and the nested field)."""
-    parts = [part for part in get_args(annotation) if part is not type(None)]
-    optional = " or null" if type(None) in get_args(annotation) else ""
-    origin = getattr(annotation, "__origin__", None)
-    if origin is tuple:
-        nested, shown, _ = _type_of(parts[0])
-        return nested, f"list of {shown}s", "[]"
-    if origin is dict:
-        nested, shown, _ = _type_of(parts[1])
-        return nested, f"map to {shown}", "{}"
-    if origin is Literal:
-        return None, "string", ""
-    if origin is Annotated:
-        return _type_of(parts[0])
-    if optional:
-        nested, shown, suffix = _type_of(parts[0])
-        return nested, shown + optional, suffix
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, annotation.__name__.lower(), ""
-    return None, {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, "time"), ""
-
-
-_FIELDS = re.compile(r"(?<=<!-- fields -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
-
-
-def update_document(path: str | Path) -> None:
-    """Replace the table of fields in docs/reference/result.md, between its two markers, by that of this version."""
-    table = "| field | type | meaning |\n| --- | --- | --- |\n" + "".join(
-        f"| `{field}` | {kind} | {meaning} |\n" for field, kind, meaning in schema_rows()
-    )
-    path = Path(path)
-    write_text(path, _FIELDS.sub(lambda _: table, path.read_text(encoding="utf-8")))
-
-
 if __name__ == "__main__":
-    update_document(sys.argv[1])
+    update_document(Result, sys.argv[1])

@@ -1,14 +1,13 @@
 """Scores per language, each with an interval, and the paired gain of one system over another on the same items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from graftlm.errors import DataError, SetupError
 from graftlm.evaluation.metrics import METRICS, statistics
 from graftlm.evaluation.result import Interval
-
-_CELLS = 2_000_000  # multiplicities held at a time: 16 MB
+from graftlm.measure.statistics import multiplicities
 
 
 def score(
@@ -53,7 +52,7 @@ def score(
     _check(resamples, confidence)
     n = len(labels)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in made}
-    for w in _multiplicities(n, resamples, seed):
+    for w in multiplicities(n, resamples, seed):
         for name, statistic in made.items():
             drawn[name].append(statistic(w))
     whole = np.ones((1, n))
@@ -112,7 +111,7 @@ def paired_gain(
         return sign * (ours[metric](w) - theirs[metric](w))
 
     n = len(labels)
-    drawn = np.concatenate([gain(w) for w in _multiplicities(n, resamples, seed)])
+    drawn = np.concatenate([gain(w) for w in multiplicities(n, resamples, seed)])
     return _interval(gain(np.ones((1, n)))[0], drawn, n, confidence)
 
 
@@ -137,16 +136,6 @@ def _check_ids(ids: Sequence, reference_ids: Sequence, n: int) -> None:
                 found=f"{one!r} against {other!r} at position {position}",
                 fix="score both systems on one file, or sort both by id",
             )
-
-
-def _multiplicities(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows of how often each of n items is drawn in n draws with replacement, a block at a time."""
-    generator = np.random.default_rng(seed)
-    block = max(1, _CELLS // n)
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
 
 
 def _interval(value: float, drawn: np.ndarray, n: int, confidence: float) -> Interval:

@@ -1,4 +1,4 @@
-r"""Is one variant better than another? Intervals over seeds *and* test items, p-values, Holm's correction, the noise floor.
+r"""Is one variant better than another? Intervals over seeds *and* test items, Holm's correction, the noise floor.
 
 A variant that was trained with S seeds and scored on N items has a table of S × N outcomes. Both ways in which it could
 have come out differently are resampled: other seeds and other items. A *statistic* is a metric as a function of how
@@ -91,7 +91,9 @@ def crossed(
 
     For a mean of outcomes :math:`D_{si}` its variance is that of Owen's pigeonhole bootstrap (with S − 1 for S): the
     part that seeds and items each explain is counted once, what neither explains up to three times. The interval is
-    therefore rather too wide than too narrow where that last part is large.
+    therefore rather too wide than too narrow where that last part is large. Simulated coverage of the 95 % interval,
+    200 items: .93 to .98 with 3 seeds, .93 to .97 with 5, .95 to .97 with 10; the lower figure where seeds differ as
+    much as all items together do.
 
     Source: Owen, *The pigeonhole bootstrap*, Annals of Applied Statistics 1 (2007), equations 3 to 6.
     *Differs from the paper in*: S − 1 of S seeds are drawn (`seed_weights`).

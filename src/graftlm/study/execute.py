@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from graftlm.errors import DataError, RecipeError
@@ -116,8 +117,13 @@ def needed(study: Study, shard: Shard = Shard()) -> list[Run]:
     return runs[shard.index - 1 :: shard.count]
 
 
-def execute(study: Study, shard: Shard = Shard()) -> None:
+def execute(study: Study, shard: Shard = Shard(), *, after: Callable[[Run], None] | None = None) -> None:
     """Does what is not done yet, one run after the other; processes that share the folder divide the work.
+
+    Args:
+        study: what `plan` or `load_study` made.
+        shard: the part of the runs that this process is for.
+        after: called with each run that was finished here.
 
     A run that failed earlier is tried again, once; one that fails is kept with its error and the others go on. What is
     under way in another process is left to it, and waited for only where a choice hangs on it.
@@ -142,6 +148,8 @@ def execute(study: Study, shard: Shard = Shard()) -> None:
                 if code == TAKEN:
                     continue
                 log.info(progress.line(study, chosen, time.monotonic() - began, code))
+                if after and code == DONE:
+                    after(chosen)
             queue.remove(run)
             acted = True
         if not acted:

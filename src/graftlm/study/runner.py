@@ -12,8 +12,8 @@ from typing import Any
 
 from graftlm import recipe as recipes
 from graftlm.errors import GraftError
+from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import FILE as RESULT
-from graftlm.evaluation.result import write_text
 from graftlm.recipe import Recipe
 from graftlm.study.claims import Claims
 
@@ -27,8 +27,17 @@ def finished(recipe: Recipe) -> bool:
     folder = recipe.folder
     if not (folder / RESULT).is_file() or not (folder / RESOLVED).is_file():
         return False
-    there = recipes.load_recipe(folder / RESOLVED)
-    return not recipes.differences(there, recipe.relocated(folder))
+    return _is_of(folder / RESOLVED, (folder / RESULT).stat().st_mtime_ns, recipe.relocated(folder))
+
+
+_known: dict[tuple[Path, int, str], bool] = {}  # reading YAML with its lines takes longer than all else here
+
+
+def _is_of(resolved: Path, when: int, recipe: Recipe) -> bool:
+    key = resolved, when, recipe.model_dump_json()
+    if key not in _known:
+        _known[key] = not recipes.differences(recipes.load_recipe(resolved), recipe)
+    return _known[key]
 
 
 def error_of(study: Path, name: str) -> str | None:

@@ -1,0 +1,427 @@
+"""`study.json`: variants of a recipe held against the first of them, over seeds and test items; a versioned schema."""
+
+import json
+import statistics as plain_statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import AwareDatetime, Field
+
+from graftlm.errors import DataError
+from graftlm.evaluation.folder import read_lines
+from graftlm.evaluation.metrics import METRICS, statistics
+from graftlm.evaluation.record import Number, Record, read_record, write_record
+from graftlm.evaluation.result import Interval, Result
+from graftlm.measure.statistics import (
+    Estimate,
+    crossed,
+    estimate,
+    holm,
+    noise_floor,
+    resample_items,
+    seed_weights,
+)
+
+SCHEMA = "graftlm.study/1"
+FILE = "study.json"
+MEAN = "mean"
+RESAMPLES = 10_000
+
+
+class VariantScore(Record):
+    """One variant's primary metric in one language, or the mean over the languages without labels."""
+
+    language: str = Field(description=f"language tag; `{MEAN}`: mean over the languages that are not the source")
+    n: int = Field(ge=0, description="number of test items, those of all folds together; of the mean: of each language")
+    is_source: bool = Field(description="whether the training labels were in this language")
+    score: Interval = Field(description="mean over seeds; 95 % interval over seeds and items")
+    spread: Number = Field(description="standard deviation over seeds; null: one seed")
+    by_seed: tuple[Number, ...] = Field(description="the score of each of the variant's `seeds`")
+    majority: Number = Field(None, description="of always answering the most frequent training label")
+
+
+class Tuned(Record):
+    """What tuning chose for a variant, in one fold."""
+
+    fold: int | None = Field(description="number of the fold, from 1; null: no folds")
+    values: dict[str, Any] = Field(description="dotted key → the value chosen")
+    dev: Number = Field(description="its score on the dev split, by which it was chosen; higher is better")
+
+
+class VariantCost(Record):
+    """Means over a variant's runs; memory is the most that one held."""
+
+    train_seconds: Number = Field(description="wall-clock seconds of training a run")
+    trace_seconds: Number = Field(None, description="of it on Fisher traces; null: none measured")
+    steps: Number = Field(description="optimizer steps")
+    trainable_parameters: int = Field(description="parameters that train at some step")
+    total_parameters: int = Field(description="all parameters")
+    peak_memory_bytes: int | None = Field(None, description="most memory held by a run; null: unknown")
+    device: str = Field(description="what the runs ran on")
+
+
+class VariantResult(Record):
+    """One variant: what it sets, what it scored, what it cost."""
+
+    name: str = Field(description="the variant's name")
+    values: dict[str, Any] = Field(description="dotted key → value that the variant sets")
+    seeds: tuple[int, ...] = Field(description="seeds of which all folds are finished")
+    scores: tuple[VariantScore, ...] = Field(description="one entry a language, then the mean where there are several")
+    tuned: tuple[Tuned, ...] = Field((), description="what tuning chose; empty: nothing was tuned")
+    cost: VariantCost | None = Field(description="what a run took; null: no run is finished")
+    runs: tuple[str, ...] = Field((), description="folders of the runs that count, seen from the study's folder")
+
+
+class Difference(Record):
+    """A variant minus the first one, on the same seeds and items; positive is better, whatever the metric."""
+
+    variant: str = Field(description="name of the variant")
+    language: str = Field(description=f"language tag, or `{MEAN}`")
+    value: Number = Field(description="difference of the means over seeds")
+    low: Number = Field(description="lower end of the 95 % interval over seeds and items")
+    high: Number = Field(description="upper end")
+    p: Number = Field(description="two-sided p of no difference")
+    p_holm: Number = Field(
+        description=f"p after Holm's correction, over the variants for `{MEAN}`, else over all others"
+    )
+
+
+class Failure(Record):
+    """A run that failed."""
+
+    run: str = Field(description="its name")
+    error: str = Field(description="what ended it")
+
+
+class Comparison(Record):
+    """What came out of a study."""
+
+    schema_version: Literal["graftlm.study/1"] = Field(SCHEMA, alias="schema", description=f'always `"{SCHEMA}"`')
+    name: str = Field(description="name of the study, which is its folder's")
+    created: AwareDatetime = Field(
+        default_factory=lambda: datetime.now(UTC).replace(microsecond=0), description="UTC, ISO 8601"
+    )
+    model: str | None = Field(None, description="the pretrained model, as in the recipe; null: it differs")
+    task: str = Field(description="the recipe's task")
+    metric: str = Field(description="the primary metric, which all scores are in")
+    source: str = Field(description="language of the training labels")
+    selected_on: tuple[str, ...] = Field((), description="languages whose labels a choice was made on")
+    folds: int = Field(description="folds that are scored together; 1: none")
+    runs_planned: int = Field(ge=0, description="runs of the study, trials of tuning included")
+    runs_finished: int = Field(ge=0, description="how many of them are finished")
+    failures: tuple[Failure, ...] = Field((), description="runs that failed")
+    variants: tuple[VariantResult, ...] = Field(description="the first is the one that the others are compared with")
+    differences: tuple[Difference, ...] = Field(description="each other variant against the first, by language")
+    noise_floor: dict[str, Number] = Field(
+        description="language → what two sets of seeds of one variant stay below in 95 % of cases; null: one seed"
+    )
+    resamples: int = Field(description="of the bootstrap")
+    versions: dict[str, str] = Field(default_factory=dict, description="package → version")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Reads ``study.json`` of a study's folder (or the file itself).
+
+        Raises:
+            DataError: no such file, not JSON, another schema version, or wrong fields.
+        """
+        return read_record(cls, folder, FILE, SCHEMA, fix="graftlm compare RECIPE … writes one")
+
+    def write(self, folder: str | Path) -> Path:
+        """Writes ``study.json`` into the folder; returns its path."""
+        return write_record(self, folder, FILE)
+
+    def score(self, variant: VariantResult, language: str) -> VariantScore | None:
+        """A variant's score in a language, or in the mean."""
+        return next((one for one in variant.scores if one.language == language), None)
+
+    def difference(self, variant: str, language: str) -> Difference | None:
+        """A variant's difference from the first in a language, or in the mean."""
+        return next((one for one in self.differences if (one.variant, one.language) == (variant, language)), None)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """All languages, source first, without the mean."""
+        scores = {one.language: one for variant in self.variants for one in variant.scores if one.language != MEAN}
+        return tuple(sorted(scores, key=lambda tag: not scores[tag].is_source))
+
+    @property
+    def main(self) -> str:
+        """What the variants are judged by first: the mean where there is one, else the only language without labels."""
+        known = [one for variant in self.variants for one in variant.scores]
+        targets = [one.language for one in known if not one.is_source]
+        return MEAN if MEAN in targets else next(iter(targets), self.languages[0] if known else self.source)
+
+
+@dataclass(frozen=True)
+class VariantRuns:
+    """The finished runs of one variant.
+
+    Attributes:
+        folders: seed → its run folders, one a fold, in the order of the folds; only seeds with all folds.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    folders: Mapping[int, Sequence[Path]]
+    tuned: tuple[Tuned, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Language:
+    """One language's items, and every variant's and seed's answers to them."""
+
+    keys: list[Hashable]
+    is_source: bool
+    majority: float | None
+    made: dict[tuple[int, int], Callable[[np.ndarray], np.ndarray]]  # (variant, seed) → statistic
+
+
+def compare_runs(
+    name: str,
+    variants: Sequence[VariantRuns],
+    *,
+    root: Path,
+    planned: int,
+    finished: int,
+    failures: Mapping[str, str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """Scores variants over seeds and test items, and holds each against the first.
+
+    Items are drawn jointly over languages where the test sets have the same ids, seeds jointly over everything: see
+    `graftlm.measure.statistics`. The test items of the folds of a seed are scored together.
+
+    Args:
+        name: of the study.
+        variants: the runs, the first variant being the reference.
+        root: folder that run folders are named from.
+        planned: number of runs of the study; finished: how many of them are.
+        failures: run → error.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: no variant has a finished seed, or runs that do not have the same task, metric or test items.
+    """
+    results = {
+        (v, s): [Result.read(folder) for folder in folders]
+        for v, variant in enumerate(variants)
+        for s, folders in variant.folders.items()
+    }
+    if not results:
+        raise DataError("no run is finished yet, so there is nothing to compare", found=root)
+    every = [one for group in results.values() for one in group]
+    first = every[0]
+    for one in every:
+        if (one.task, one.metric, one.source) != (first.task, first.metric, first.source):
+            raise DataError(
+                "runs of another task, metric or source language cannot be compared",
+                found=f"{one.task}, {one.metric}, {one.source} in {one.name}",
+                allowed=f"{first.task}, {first.metric}, {first.source}",
+            )
+    languages = _languages(first, variants, results)
+    drawn, observed = _resample(first, languages, resamples, seed)
+    targets = [tag for tag, one in languages.items() if not one.is_source]
+    if len(targets) > 1:
+        # the same items and seeds are drawn in all languages, so their mean is resampled with them
+        drawn[MEAN] = {key: np.mean([drawn[tag][key] for tag in targets], axis=0) for key in results}
+        observed[MEAN] = {key: float(np.mean([observed[tag][key] for tag in targets])) for key in results}
+    sign = 1 if METRICS[first.metric].higher_is_better else -1
+    floors: dict[str, Number] = {}
+    for tag in drawn:
+        seeds = max(len(variant.folders) for variant in variants)
+        table = np.full((len(variants), seeds), np.nan)
+        for v, variant in enumerate(variants):
+            table[v, : len(variant.folders)] = [observed[tag][v, s] for s in variant.folders]
+        floors[tag] = noise_floor(table)
+    return Comparison(
+        name=name,
+        model=first.model if len({one.model for one in every}) == 1 else None,
+        task=first.task,
+        metric=first.metric,
+        source=first.source,
+        selected_on=tuple(dict.fromkeys(tag for one in every for tag in one.selected_on)),
+        folds=len(next(iter(results.values()))),
+        runs_planned=planned,
+        runs_finished=finished,
+        failures=tuple(Failure(run=run, error=error) for run, error in (failures or {}).items()),
+        variants=tuple(
+            VariantResult(
+                name=variant.name,
+                values=dict(variant.values),
+                seeds=tuple(variant.folders),
+                scores=tuple(
+                    _score(tag, v, variant, languages, drawn[tag], observed[tag], resamples, seed) for tag in drawn
+                )
+                if variant.folders
+                else (),
+                tuned=variant.tuned,
+                cost=_cost([one for s in variant.folders for one in results[v, s]]),
+                runs=tuple(
+                    folder.relative_to(root).as_posix() for folders in variant.folders.values() for folder in folders
+                ),
+            )
+            for v, variant in enumerate(variants)
+        ),
+        differences=_differences(variants, drawn, observed, sign, resamples, seed),
+        noise_floor=floors,
+        resamples=resamples,
+        versions=first.versions,
+    )
+
+
+def _languages(
+    first: Result, variants: Sequence[VariantRuns], results: Mapping[tuple[int, int], list[Result]]
+) -> dict[str, _Language]:
+    answers: dict[str, dict[tuple[int, int], dict[Hashable, tuple[Any, Any]]]] = {}
+    majorities: dict[str, list[tuple[int, float]]] = {}
+    for v, s in results:
+        for fold, folder in enumerate(variants[v].folders[s]):
+            for row in read_lines(folder / "predictions.jsonl"):
+                # without an id column items are numbered from 0 in each fold
+                found = answers.setdefault(row["language"], {}).setdefault((v, s), {})
+                found[fold, row["id"]] = row["label"], row["prediction"]
+            for score in results[v, s][fold].scores:
+                if score.majority is not None:
+                    majorities.setdefault(score.language, []).append((score.n, score.majority))
+    made: dict[str, _Language] = {}
+    order = [score.language for score in first.ordered]
+    for tag in sorted(answers, key=lambda tag: order.index(tag) if tag in order else len(order)):
+        groups = answers[tag]
+        keys = sorted(next(iter(groups.values())), key=lambda key: (key[0], str(key[1])))
+        for (v, s), found in groups.items():
+            if len(groups) != len(results) or found.keys() != set(keys):
+                raise DataError(
+                    f"the runs were not scored on the same items of {tag}",
+                    found=f"{len(found)} items in {variants[v].folders[s][0]}, {len(keys)} in the first run",
+                )
+        weights = majorities.get(tag, [])
+        total = sum(n for n, _ in weights)
+        made[tag] = _Language(
+            keys=keys,
+            is_source=tag == first.source,
+            majority=sum(n * value for n, value in weights) / total if total else None,
+            made={
+                key: statistics(first.task, *_sides(first.task, [found[one] for one in keys]))[first.metric]
+                for key, found in groups.items()
+            },
+        )
+    return made
+
+
+def _sides(task: str, pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Labels and predictions as `graftlm.evaluation.metrics` wants them."""
+    labels, predictions = [label for label, _ in pairs], [said for _, said in pairs]
+    if task != "multi_label":
+        return labels, predictions
+    names = sorted({name for side in (labels, predictions) for one in side for name in one})
+    return tuple([[float(name in one) for name in names] for one in side] for side in (labels, predictions))
+
+
+_Drawn = dict[str, dict[tuple[int, int], np.ndarray]]
+_Observed = dict[str, dict[tuple[int, int], float]]
+
+
+def _resample(first: Result, languages: Mapping[str, _Language], resamples: int, seed: int) -> tuple[_Drawn, _Observed]:
+    """The metric of every variant and seed, on the items as they are and on each resample of them."""
+    drawn: _Drawn = {}
+    observed: _Observed = {}
+    for tag, language in languages.items():
+        n = len(language.keys)
+        # equal n and seed draw the same places, and the keys are in order: parallel sets are drawn jointly
+        columns = resample_items(list(language.made.values()), n, resamples, seed)
+        drawn[tag] = {key: columns[:, place] for place, key in enumerate(language.made)}
+        once = np.ones((1, n))
+        observed[tag] = {key: float(statistic(once)[0]) for key, statistic in language.made.items()}
+    return drawn, observed
+
+
+def _estimate(observed: Sequence[float], drawn: Sequence[np.ndarray], resamples: int, seed: int) -> Estimate:
+    weights = seed_weights(len(drawn), resamples, seed)
+    return estimate(float(np.mean(observed)), crossed(np.stack(drawn, axis=1), weights))
+
+
+def _score(
+    tag: str,
+    v: int,
+    variant: VariantRuns,
+    languages: Mapping[str, _Language],
+    drawn: Mapping[tuple[int, int], np.ndarray],
+    observed: Mapping[tuple[int, int], float],
+    resamples: int,
+    seed: int,
+) -> VariantScore:
+    seeds = list(variant.folders)
+    values = [observed[v, s] for s in seeds]
+    found = _estimate(values, [drawn[v, s] for s in seeds], resamples, seed)
+    targets = [one for one in languages.values() if not one.is_source]
+    majorities = [one.majority for one in targets]
+    if tag == MEAN:
+        n = min(len(one.keys) for one in targets)
+        majority = float(np.mean(majorities)) if None not in majorities else None
+    else:
+        n, majority = len(languages[tag].keys), languages[tag].majority
+    return VariantScore(
+        language=tag,
+        n=n,
+        is_source=tag != MEAN and languages[tag].is_source,
+        score=Interval(value=found.value, low=found.low, high=found.high),
+        spread=plain_statistics.stdev(values) if len(values) > 1 else None,
+        by_seed=tuple(values),
+        majority=majority,
+    )
+
+
+def _differences(
+    variants: Sequence[VariantRuns], drawn: _Drawn, observed: _Observed, sign: int, resamples: int, seed: int
+) -> tuple[Difference, ...]:
+    found: dict[tuple[str, str], Estimate] = {}
+    for v, variant in enumerate(variants[1:], start=1):
+        seeds = [s for s in variants[0].folders if s in variant.folders]
+        for tag in drawn if seeds else ():
+            found[variant.name, tag] = _estimate(
+                [sign * (observed[tag][v, s] - observed[tag][0, s]) for s in seeds],
+                [sign * (drawn[tag][v, s] - drawn[tag][0, s]) for s in seeds],
+                resamples,
+                seed,
+            )
+    corrected: dict[tuple[str, str], float] = {}
+    for family in ([key for key in found if key[1] == MEAN], [key for key in found if key[1] != MEAN]):
+        values = holm(np.array([found[key].p for key in family], dtype=float))
+        corrected |= dict(zip(family, values.tolist(), strict=True))
+    return tuple(
+        Difference(variant=name, language=tag, p_holm=corrected[name, tag], **vars(one))
+        for (name, tag), one in found.items()
+    )
+
+
+def _cost(results: Sequence[Result]) -> VariantCost | None:
+    if not results:
+        return None
+    costs = [one.cost for one in results]
+
+    def mean(field: str) -> float | None:
+        known = [value for one in costs if (value := getattr(one, field)) is not None]
+        return float(np.mean(known)) if known else None
+
+    memory = [one.peak_memory_bytes for one in costs if one.peak_memory_bytes is not None]
+    return VariantCost(
+        train_seconds=mean("train_seconds"),
+        trace_seconds=mean("trace_seconds"),
+        steps=mean("steps"),
+        trainable_parameters=max(one.trainable_parameters for one in costs),
+        total_parameters=max(one.total_parameters for one in costs),
+        peak_memory_bytes=max(memory) if memory else None,
+        device=costs[0].device,
+    )
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Settings as `key=value`, one after the other."""
+    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
