@@ -58,11 +58,14 @@ def export(model: BertForPreTraining, tokenizer: PreTrainedTokenizerFast, folder
         for name, tensor in model.state_dict().items()
         if not name.startswith("cls.seq_relationship") and not name.startswith("cls.predictions.decoder")
     }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.part", metadata={"format": "pt"})
+    (folder / "model.part").replace(folder / "model.safetensors")
     config = BertConfig(**model.config.to_dict())
     config.architectures = ["BertForMaskedLM"]
     config.dtype = "float32"
     config.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
 
 
