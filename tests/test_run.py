@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lms import save_language_model
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from small import classification_rows, save_model, small_folder, small_recipe, words, write_rows
@@ -350,7 +351,11 @@ def test_each_shipped_recipe_runs(name, tmp_path):
             for config in sorted(configs)
         )
         (tmp_path / original.data.train.path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
-    save_model(tmp_path / "model", max_position_embeddings=64)
+    if original.dropout:  # measured on a language model, which has to have learned something
+        texts = [row["text"] for row in rows(tmp_path / original.data.train.path.removeprefix("starter:"))]
+        save_language_model(tmp_path / "model", texts)
+    else:
+        save_model(tmp_path / "model", max_position_embeddings=64)
     recipe = small_recipe(
         tmp_path,
         "model=./model",

@@ -1,5 +1,6 @@
 """What graftlm's own runs add to a Trainer: a quiet progress bar, a clock that survives a resume, a clean stop."""
 
+import math
 import signal
 import threading
 import time
@@ -68,9 +69,14 @@ class StopAndSave(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stopped:
-            control.should_save = True
             control.should_training_stop = True
-        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Trainer takes the stop for the end of an epoch; evaluating in the middle of one would draw random numbers."""
+        if self.stopped:
+            control.should_save = True
+            if not math.isclose(state.epoch, round(state.epoch), abs_tol=1e-9):
+                control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()
