@@ -140,6 +140,13 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     )
 
 
+class _InOrder(Trainer):
+    """Predicts items in their order: with `train_sampling_strategy: group_by_length` Trainer mixes test items too."""
+
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
 def make_trainer(
     model: Any,
     arguments: TrainingArguments,
@@ -150,7 +157,7 @@ def make_trainer(
     **kwargs: Any,
 ) -> Trainer:
     """A Trainer for one of our tasks."""
-    trainer = Trainer(
+    trainer = _InOrder(
         model,
         arguments,
         data_collator=task.collator(tokenizer),
