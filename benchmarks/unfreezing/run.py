@@ -1,0 +1,212 @@
+"""The study of scheduled unfreezing on sib200: folds, runs, rows, and the table of the README.
+
+    python benchmarks/unfreezing/run.py --data PATH/sib200_topic [--work FOLDER] [--shard i/n] [--study study.yaml]
+    python benchmarks/unfreezing/run.py --rows rows.jsonl                  the table, from rows that are there
+
+Resumable: what is finished is not repeated. Start it once per core; the processes divide the runs among them.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LANGUAGES = {"eng": "eng_Latn", "deu": "deu_Latn", "fra": "fra_Latn", "spa": "spa_Latn", "por": "por_Latn"}
+LANGUAGES |= {"ces": "ces_Latn"}
+SOURCE = "eng"
+FOLDS = 5
+RESAMPLES = 10_000
+
+
+def read_sentences(data: Path, code: str) -> dict[int, dict]:
+    """All rows of a language by sentence id, whatever official split they are in."""
+    rows = {}
+    for split in ("train", "dev", "test"):
+        with gzip.open(data / f"{code}.{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows |= {row["id"]: row for row in map(json.loads, file)}
+    return rows
+
+
+def write_folds(data: Path, folder: Path) -> None:
+    """Fold k: test = part k, dev = part k + 1, train = the other three; the parts are the same in all languages."""
+    if (folder / str(FOLDS) / "done").exists():
+        return
+    rows = {tag: read_sentences(data, code) for tag, code in LANGUAGES.items()}
+    ids = sorted(rows[SOURCE])
+    for tag, found in rows.items():
+        if sorted(found) != ids:
+            sys.exit(f"{tag} does not have the sentences that {SOURCE} has")
+        if any(found[i]["label"] != rows[SOURCE][i]["label"] for i in ids):
+            sys.exit(f"{tag} has other labels than {SOURCE}")
+    random.Random(0).shuffle(ids)
+    parts = [ids[number::FOLDS] for number in range(FOLDS)]
+    for number in range(FOLDS):
+        target = folder / str(number + 1)
+        target.mkdir(parents=True, exist_ok=True)
+        dev = (number + 1) % FOLDS
+        train = [i for other, part in enumerate(parts) if other not in (number, dev) for i in part]
+        write_rows(target / f"train.{SOURCE}.jsonl", [rows[SOURCE][i] for i in train])
+        write_rows(target / f"dev.{SOURCE}.jsonl", [rows[SOURCE][i] for i in parts[dev]])
+        for tag in LANGUAGES:
+            write_rows(target / f"test.{tag}.jsonl", [rows[tag][i] for i in parts[number]])
+        (target / "done").touch()
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    keys = ("id", "text", "label_name")
+    lines = [json.dumps({key: row[key] for key in keys}, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def row_of(study, run) -> dict:
+    """A finished run as one line: what it scored, item by item in the order of the ids, and what it cost."""
+    from graftlm.evaluation.folder import read_lines
+    from graftlm.evaluation.result import Result
+    from graftlm.study.execute import dev_score
+
+    folder = study.recipe_of(run).folder
+    result = Result.read(folder)
+    right: dict[str, dict[int, bool]] = {}
+    for one in read_lines(folder / "predictions.jsonl"):
+        right.setdefault(one["language"], {})[one["id"]] = one["prediction"] == one["label"]
+    return {
+        "study": study.name,
+        "run": study.run_name(run),
+        "variant": study.variants[run.variant].name,
+        "fold": None if run.fold is None else run.fold + 1,
+        "seed": run.seed,
+        "tuned": study.tune[run.choice] if run.choice is not None else {},
+        "trial": run.seed == study.seeds[0] and run.choice is not None,
+        "dev": round(dev_score(study.recipe_of(run)), 5),
+        "ids": sorted(right[SOURCE]),
+        "right": {tag: "".join("01"[found[i]] for i in sorted(found)) for tag, found in right.items()},
+        "cost": result.cost.model_dump(),
+        "versions": result.versions,
+        "created": result.created.isoformat(),
+    }
+
+
+def collect(study, path: Path) -> None:
+    """Writes every finished run of the study to the rows, whole and in order."""
+    from graftlm.evaluation.record import write_text
+    from graftlm.study.execute import needed, tuned
+    from graftlm.study.runner import finished
+
+    runs = [chosen for run in needed(study) if (chosen := tuned(study, run)) and finished(study.recipe_of(chosen))]
+    write_text(path, "".join(json.dumps(row_of(study, run)) + "\n" for run in runs))
+
+
+def append(study, run, path: Path) -> None:
+    """Adds one row, so that a study that is stopped loses nothing."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row_of(study, run)) + "\n")
+
+
+def outcomes(rows: list[dict]):
+    """variant → language → array (seeds, ids) of 0 and 1 over all folds, for seeds that are whole; seeds; the runs."""
+    import numpy as np
+
+    chosen: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["variant"], row["fold"], row["seed"]
+        best = chosen.get(key)
+        if best is None or row["dev"] > best["dev"]:  # of trials the best on dev, of equal ones the first
+            chosen[key] = row
+    folds = sorted({row["fold"] for row in rows})
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    seeds = [
+        seed
+        for seed in sorted({row["seed"] for row in rows})
+        if all((variant, fold, seed) in chosen for variant in variants for fold in folds)
+    ]
+    table = {}
+    for variant in variants:
+        table[variant] = {}
+        for tag in LANGUAGES:
+            lines = []
+            for seed in seeds:
+                by_id: dict[int, int] = {}
+                for fold in folds:
+                    row = chosen[variant, fold, seed]
+                    by_id |= dict(zip(row["ids"], map(int, row["right"][tag]), strict=True))
+                lines.append([by_id[i] for i in sorted(by_id)])
+            table[variant][tag] = np.array(lines, dtype=float)
+    return table, seeds, chosen
+
+
+def summary(rows: list[dict]) -> str:
+    """The README's tables: computed from the rows alone, with nothing but `graftlm.measure.statistics`."""
+    import numpy as np
+
+    from graftlm.measure.statistics import holm, noise_floor, paired_bootstrap
+
+    table, seeds, chosen = outcomes(rows)
+    first, *others = table
+    targets = [tag for tag in LANGUAGES if tag != SOURCE]
+    whole = {variant: np.mean([found[tag] for tag in targets], axis=0) for variant, found in table.items()}
+    lines = [f"{len(seeds)} seeds, {whole[first].shape[1]} sentences, {len(targets)} languages without labels", ""]
+    lines += ["| schedule | " + " | ".join(LANGUAGES) + " | mean of the five | s.d. over seeds | seconds a run |"]
+    lines += ["|---" * (len(LANGUAGES) + 4) + "|"]
+    for variant, found in table.items():
+        cells = [f"{100 * found[tag].mean():.1f}" for tag in LANGUAGES]
+        over_seeds = 100 * whole[variant].mean(axis=1)
+        seconds = [row["cost"]["train_seconds"] for (name, _, seed), row in chosen.items() if name == variant]
+        spread = f"{over_seeds.std(ddof=1):.2f}" if len(seeds) > 1 else "–"
+        lines.append(
+            f"| {variant} | {' | '.join(cells)} | {over_seeds.mean():.2f} | {spread} | {np.mean(seconds):.1f} |"
+        )
+    lines += ["", f"| against {first} | difference | 95 % interval | p | p, Holm |", "|---|---|---|---|---|"]
+    main = [paired_bootstrap(whole[variant], whole[first], resamples=RESAMPLES) for variant in others]
+    for variant, found, p in zip(others, main, holm(np.array([one.p for one in main])), strict=True):
+        lines.append(_difference(f"**{variant}, mean of the five**", found, p))
+    pairs = [(variant, tag) for variant in others for tag in LANGUAGES]
+    single = [paired_bootstrap(table[v][tag], table[first][tag], resamples=RESAMPLES) for v, tag in pairs]
+    for (variant, tag), found, p in zip(pairs, single, holm(np.array([one.p for one in single])), strict=True):
+        lines.append(_difference(f"{variant}, {tag}" + (" (tuned on)" if tag == SOURCE else ""), found, p))
+    floor = noise_floor(np.array([found.mean(axis=1) for found in whole.values()]))
+    lines += ["", "Noise floor (two sets of seeds of one schedule): " + (f"{100 * floor:.2f} points" if floor else "–")]
+    return "\n".join(lines)
+
+
+def _difference(name: str, found, p: float) -> str:
+    interval = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
+    return f"| {name} | {100 * found.value:+.2f} | {interval} | {found.p:.4f} | {p:.4f} |"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, help="the folder with eng_Latn.train.jsonl.gz and so on")
+    arguments.add_argument("--work", type=Path, default=HERE / "work", help="folds and run folders (git ignores it)")
+    arguments.add_argument("--study", default="study.yaml", help="a study's YAML in this folder")
+    arguments.add_argument("--rows", type=Path, help="where the rows go; without --data they are only read")
+    arguments.add_argument("--shard", default="1/1")
+    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the recipe that all runs share")
+    given = arguments.parse_args()
+    rows = given.rows or HERE / f"rows.{Path(given.study).stem}.jsonl"
+    if given.data is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        given.work.mkdir(parents=True, exist_ok=True)
+        for name in ("recipe.yaml", given.study):
+            shutil.copyfile(HERE / name, given.work / name)
+        write_folds(given.data, given.work / "folds")
+
+        from graftlm.study.execute import Shard, execute
+        from graftlm.study.plan import load_study
+
+        study = replace(load_study(given.work / given.study, given.overrides), root=given.work / "studies")
+        execute(study, Shard.parse(given.shard), after=lambda run: append(study, run, rows))
+        collect(study, rows)
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    print(summary(found))
+
+
+if __name__ == "__main__":
+    main()
