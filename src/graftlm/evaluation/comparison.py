@@ -2,6 +2,7 @@
 
 import json
 import statistics as plain_statistics
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from pydantic import AwareDatetime, Field
 from graftlm.errors import DataError
 from graftlm.evaluation.folder import read_lines
 from graftlm.evaluation.metrics import METRICS, statistics
-from graftlm.evaluation.record import Number, Record, read_record, write_record
+from graftlm.evaluation.record import Number, Record, read_record, update_document, write_record
 from graftlm.evaluation.result import Interval, Result
 from graftlm.measure.statistics import (
     Estimate,
@@ -425,3 +426,7 @@ def _cost(results: Sequence[Result]) -> VariantCost | None:
 def values_text(values: Mapping[str, Any]) -> str:
     """Settings as `key=value`, one after the other."""
     return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+
+
+if __name__ == "__main__":
+    update_document(Comparison, sys.argv[1])

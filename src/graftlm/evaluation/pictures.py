@@ -133,12 +133,22 @@ def both_widths(draw: Callable[[bool], Figure], name: str, label: str) -> Markup
         name: prefix of all ids, unique on the page.
         label: what the picture shows, for those who do not see it.
     """
+    return Markup("").join(_drawn(draw, narrow, name, width, label) for narrow, width in _WIDTHS)
+
+
+def one_width(draw: Callable[[bool], Figure], name: str, label: str) -> Markup:
+    """The picture as a phone shows it, for any page: to stand beside others."""
+    return _drawn(draw, True, name, "small", label)
+
+
+_WIDTHS = ((False, "wide"), (True, "narrow"))
+
+
+def _drawn(draw: Callable[[bool], Figure], narrow: bool, name: str, css_class: str, label: str) -> Markup:
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         # the browser draws the text with its own fonts; matplotlib only measures it
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        return Markup("").join(
-            _svg(draw(narrow), f"{name}-{width}", width, label) for narrow, width in ((False, "wide"), (True, "narrow"))
-        )
+        return _svg(draw(narrow), f"{name}-{css_class}", css_class, label)
 
 
 def _svg(figure: Figure, prefix: str, css_class: str, label: str) -> Markup:

@@ -37,11 +37,12 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     path = folder / FILE
-    write_text(path, _environment().get_template("report.html.jinja").render(_page(folder)))
+    write_text(path, environment().get_template("report.html.jinja").render(_page(folder)))
     return path
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates in which all text is escaped and control characters are shown."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("graftlm", "evaluation"),
         autoescape=True,

@@ -121,7 +121,8 @@ def estimate(value: float, drawn: Float[np.ndarray, " resamples"], confidence: f
         return Estimate(float(value), np.nan, np.nan, np.nan)
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
-    smaller = 1 + min((defined <= 0).sum(), (defined >= 0).sum())
+    rounding = 1e-12 * np.abs(defined).max()  # two equal scores leave a difference of rounding errors, not exactly 0
+    smaller = 1 + min((defined <= rounding).sum(), (defined >= -rounding).sum())
     return Estimate(float(value), float(low), float(high), min(1.0, float(2 * smaller / (len(defined) + 1))))
 
 

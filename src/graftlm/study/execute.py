@@ -38,6 +38,9 @@ class Shard:
         return cls(int(index), int(count))
 
 
+WHOLE = Shard()
+
+
 @dataclass
 class Progress:
     """What has become of the runs, for the lines that are printed."""
@@ -111,13 +114,21 @@ def tuned(study: Study, run: Run) -> Run | None:
     return replace(run, choice=max(scores, key=lambda choice: (scores[choice], -choice)))
 
 
-def needed(study: Study, shard: Shard = Shard()) -> list[Run]:
+def tuned_or_none(study: Study, run: Run) -> Run | None:
+    """`tuned`, and None also where every trial failed."""
+    try:
+        return tuned(study, run)
+    except DataError:
+        return None
+
+
+def needed(study: Study, shard: Shard = WHOLE) -> list[Run]:
     """The runs of a shard: its part of the trials, then its part of the others (the first seed's are trials)."""
     runs = study.trials() + [run for run in study.scored() if not (study.tune and run.seed == study.seeds[0])]
     return runs[shard.index - 1 :: shard.count]
 
 
-def execute(study: Study, shard: Shard = Shard(), *, after: Callable[[Run], None] | None = None) -> None:
+def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] | None = None) -> None:
     """Does what is not done yet, one run after the other; processes that share the folder divide the work.
 
     Args:
@@ -137,7 +148,12 @@ def execute(study: Study, shard: Shard = Shard(), *, after: Callable[[Run], None
     while queue:
         acted = False
         for run in list(queue):
-            chosen = tuned(study, run)
+            try:
+                chosen = tuned(study, run)
+            except DataError as error:
+                log.info("%s: left out: %s", study.title(run), error.problem)
+                queue.remove(run)
+                continue
             if chosen is None:
                 continue
             if not _is_over(study, run, old_errors):
@@ -168,7 +184,7 @@ def execute(study: Study, shard: Shard = Shard(), *, after: Callable[[Run], None
 
 def _is_over(study: Study, run: Run, old_errors: dict[Run, int | None]) -> bool:
     """Whether the run is finished, or has failed since this process began."""
-    chosen = tuned(study, run)
+    chosen = tuned_or_none(study, run)
     if chosen is None:
         return False
     recipe = study.recipe_of(chosen)
@@ -178,7 +194,7 @@ def _is_over(study: Study, run: Run, old_errors: dict[Run, int | None]) -> bool:
 
 def _open_trials(study: Study, queue: list[Run]) -> list[Run]:
     """Trials that runs in the queue wait for."""
-    waiting = [run for run in queue if tuned(study, run) is None]
+    waiting = [run for run in queue if tuned_or_none(study, run) is None]
     return [
         trial
         for run in waiting
