@@ -551,7 +551,9 @@ def test_without_dev_the_last_weights_count_and_nothing_was_selected(tmp_path):
 def test_a_standard_run_has_no_gain_over_itself(tmp_path, caplog):
     caplog.set_level("INFO", "graftlm")
     folder = small_folder(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
     result = run(small_recipe(folder, "references=[standard]", "training.epochs=1"))
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C means again what it meant before"
     assert [score.gain for score in result.scores] == [None, None]
     assert "standard training itself" in caplog.text
 
@@ -624,4 +626,3 @@ def test_the_tiny_pieces_are_what_these_tests_think():
     assert tiny_tokenizer()("w1 w2")["input_ids"][1:3] == tiny_tokenizer().convert_tokens_to_ids(["w1", "w2"])
     assert len(tiny_model("bert", "base").encoder.layer) == 3
     assert {row["label"] for row in classification_rows(20, 0)} == {"red", "blue"}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a run puts the handler back"
