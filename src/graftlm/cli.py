@@ -20,6 +20,7 @@ from graftlm.errors import GraftError, RecipeError
 if TYPE_CHECKING:
     from graftlm.check import Check
     from graftlm.evaluation.result import Result
+    from graftlm.study.plan import Study
 
 app = typer.Typer(
     help="Graft a new language, domain or task onto a pretrained language model, keep what it knew, and show both.",
@@ -64,10 +65,21 @@ def _reported() -> Iterator[None]:
 
 def _quiet_libraries() -> None:
     """Our own messages on standard error; transformers' only where they are errors (or TRANSFORMERS_VERBOSITY asks)."""
-    import logging
-
     import datasets
     import transformers
+
+    _log_to_stderr()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of loading weights; training shows its own
+    datasets.disable_progress_bars()
+    warnings.showwarning = _show_warning
+    # peft 0.21 reads an attribute that transformers 5.23 deprecates
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+
+
+def _log_to_stderr() -> None:
+    import logging
 
     class Speaker(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -77,13 +89,6 @@ def _quiet_libraries() -> None:
     if not logger.handlers:
         logger.addHandler(Speaker())
     logger.setLevel(logging.INFO)
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # of loading weights; training shows its own
-    datasets.disable_progress_bars()
-    warnings.showwarning = _show_warning
-    # peft 0.21 reads an attribute that transformers 5.23 deprecates
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
@@ -201,6 +206,86 @@ def evaluate(
     _show(score_run(run, tests), as_json)
 
 
+Several = Annotated[list[str] | None, typer.Option(metavar="KEY=A,B,…", help="What varies; may be repeated.")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option(metavar="'[NAME: ]KEY=VALUE …'", help="Instead of --vary: one variant by hand; repeat it."),
+]
+Tuned = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=A,B,…", help="Tuned for each variant on the dev split, with equal budgets."),
+]
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's YAML, or that of a study.")],
+    overrides: Overrides = None,
+    vary: Several = None,
+    variant: Arms = None,
+    tune: Tuned = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each variant.  [default: 3]")] = None,
+    name: Annotated[str | None, typer.Option(help="The study's folder under studies/.")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts of the runs: array jobs.")] = "1/1",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Do the runs on a Ray cluster; auto, local.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run variants of a recipe with several seeds and hold them against the first one.
+
+    What is finished is not repeated, a run that fails does not end the others, and the same command started twice
+    divides the runs. Tables are printed; study.json, study.md and study.html lie in the study's folder.
+    """
+    study = _study(recipe, overrides or [], vary, variant, tune, seeds, name)
+    from graftlm.study.compare import compare as run_study
+    from graftlm.study.execute import Shard
+
+    part = Shard.parse(shard)
+    _log_to_stderr()
+    made = run_study(study, part, ray=ray)
+    if as_json:
+        out.print_json(made.model_dump_json(by_alias=True))
+        return
+    from graftlm.evaluation.comparison_table import notes, tables
+
+    for title, table in tables(made):
+        out.print(f"\n[bold]{escape(title)}[/]")
+        out.print(table)
+    for note in notes(made):
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
+    out.print(f"page: {study.folder / 'study.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _study(
+    file: Path,
+    overrides: list[str],
+    vary: list[str] | None,
+    variant: list[str] | None,
+    tune: list[str] | None,
+    seeds: int | None,
+    name: str | None,
+) -> "Study":
+    from graftlm.recipe import load_recipe
+    from graftlm.study.plan import is_study, load_study, parse_variant, parse_vary, plan
+
+    if is_study(file):
+        given = {"--vary": vary, "--variant": variant, "--tune": tune, "--seeds": seeds, "--name": name}
+        if idle := [option for option, value in given.items() if value is not None]:
+            raise RecipeError(
+                "a study's YAML says this itself", found=f"{', '.join(idle)} beside {file}", fix=str(file)
+            )
+        return load_study(file, overrides)
+    return plan(
+        load_recipe(file, overrides),
+        vary=dict(map(parse_vary, vary)) if vary else None,
+        variants=dict(map(parse_variant, variant)) if variant else None,
+        tune=dict(map(parse_vary, tune)) if tune else None,
+        seeds=3 if seeds is None else seeds,
+        name=name,
+    )
+
+
 def _pair(text: str) -> tuple[str, str]:
     language, equals, path = text.partition("=")
     if not equals or not language or not path:
@@ -209,12 +294,15 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")]) -> None:
-    """Write report.html again from the files of finished runs."""
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs and studies.")]) -> None:
+    """Write report.html again from the files of finished runs, and study.html from those of studies."""
+    from graftlm.evaluation.comparison import FILE as STUDY
+    from graftlm.evaluation.comparison_report import write_comparison_report
     from graftlm.evaluation.report import write_report
 
     for run in runs:
-        out.print(str(write_report(run)), highlight=False, soft_wrap=True, markup=False)
+        write = write_comparison_report if (run / STUDY).is_file() else write_report
+        out.print(str(write(run)), highlight=False, soft_wrap=True, markup=False)
 
 
 @recipes_app.callback()

@@ -141,8 +141,8 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
     """
     queue, claims = needed(study, shard), Claims(study.folder / CLAIMS)
     progress = Progress(len(queue))
-    old_errors = {run: error_age(study.folder, study.run_name(run)) for run in queue}
-    queue = [run for run in queue if not _is_over(study, run, old_errors)]
+    old_errors = {run: error_age_of(study, run) for run in queue}
+    queue = [run for run in queue if not is_over(study, run, old_errors)]
     progress.done = progress.total - len(queue)
     log.info("%s: %d runs, %d of them finished", study.folder, progress.total, progress.done)
     while queue:
@@ -156,7 +156,7 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
                 continue
             if chosen is None:
                 continue
-            if not _is_over(study, run, old_errors):
+            if not is_over(study, run, old_errors):
                 if claims.held(study.run_name(chosen)):
                     continue
                 began = time.monotonic()
@@ -177,12 +177,17 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
             )
             if orphan:  # of another shard that nobody has begun
                 queue.insert(0, orphan)
-                old_errors[orphan] = error_age(study.folder, study.run_name(orphan))
+                old_errors[orphan] = error_age_of(study, orphan)
             else:
                 time.sleep(_PAUSE)
 
 
-def _is_over(study: Study, run: Run, old_errors: dict[Run, int | None]) -> bool:
+def error_age_of(study: Study, run: Run) -> int | None:
+    """When the run failed last, by the clock of the file system; None where it did not."""
+    return error_age(study.folder, study.run_name(run))
+
+
+def is_over(study: Study, run: Run, old_errors: dict[Run, int | None]) -> bool:
     """Whether the run is finished, or has failed since this process began."""
     chosen = tuned_or_none(study, run)
     if chosen is None:
