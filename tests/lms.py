@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 from tiny import ARCHITECTURES, DECODERS, ENCODER_DECODERS, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForSequenceClassification
+
+from graftlm.training.dropout.texts import batches
 
 NATIVE = (*(a for a in ARCHITECTURES if a not in DECODERS), "gpt2", "electra")
 ADAPTED = tuple(a for a in DECODERS if a != "gpt2")
@@ -50,6 +53,25 @@ def tokenizer():
 def texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:
     rng = random.Random(seed)
     return [" ".join(f"w{rng.randrange(60)}" for _ in range(rng.randint(3, longest))) for _ in range(count)]
+
+
+def fitted(model, some, task="masked_lm", steps=60):
+    """A model that has learned which words its texts are made of, and more."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    for step in range(steps):
+        for _, batch in batches(some, tokenizer(), task, batch_size=len(some), max_length=24, seed=step):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def save_language_model(folder: Path, some: list[str], **config) -> Path:
+    """A tiny BERT that was trained on `some` texts, with its masked-LM head and tokenizer."""
+    fitted(lm("bert", dropout=0.0, **config), some).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _electra(kind, *, num_layers: int = 3, dropout: float = 0.1, seed: int = 0) -> nn.Module:

@@ -15,6 +15,9 @@ from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .run import run_recipe as run_recipe
 from .training.callback import ScheduledUnfreezing as ScheduledUnfreezing
+from .training.dropout.guided import GuidedDropout as GuidedDropout
+from .training.dropout.landscape import LossLandscape as LossLandscape
+from .training.dropout.landscape import loss_landscape as loss_landscape
 from .training.layers import TrainableLayers as TrainableLayers
 from .training.layers import trainable_layers as trainable_layers
 from .training.unfreezing import Unfreezer as Unfreezer

@@ -144,6 +144,17 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
     return Split(origin, ids, texts, texts_b if columns.text_b is not None else None, labels, names)
 
 
+def load_texts(recipe: Recipe, source: Source) -> list[str]:
+    """The text column of a source, whatever else its rows hold.
+
+    Raises:
+        DataError: as for `load_split`, labels aside.
+    """
+    origin, rows, _ = _rows(recipe, source, "train")
+    places = ((row, f"{origin}, row {number + 1}") for number, row in enumerate(rows))
+    return [_text(_cell(row, recipe.data.text, place, "data.text"), place, recipe.data.text) for row, place in places]
+
+
 def starter_path(text: str) -> Path:
     """The file or folder behind `starter:…`, or behind `starter` itself."""
     root = Path(str(resources.files("graftlm"))) / "starter"

@@ -14,18 +14,21 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftlm.callbacks import ProgressBar, StopAndSave, TrainingClock
-from graftlm.data import Labels, Split, load_split
+from graftlm.data import Labels, Split, load_split, load_texts
 from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
-from graftlm.folder import Loaded, load_model, load_tokenizer
+from graftlm.folder import Loaded, load_model, load_tokenizer, locate
 from graftlm.recipe import Recipe
 from graftlm.tasks import Encoded, Task, task_for
 from graftlm.training.callback import ScheduledUnfreezing
+from graftlm.training.dropout.apply import Applied
+from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.layers import trainable_layers
 from graftlm.yaml_lines import nearest
 
 CHECKPOINTS = "checkpoints"
 UNFREEZING_LOG = "unfreezing.jsonl"
+DROPOUT = "dropout.json"
 _UNDEFINED = -1.0  # of a dev metric: no worse value exists, and NaN would win every later comparison
 
 # TrainingArguments that have a key of their own in the recipe, or that the run folder depends on
@@ -85,6 +88,7 @@ class Prepared:
     every_n_steps: int | None
     clock: TrainingClock
     stop: StopAndSave
+    dropout: tuple[GuidedDropout, Applied] | None = None
 
 
 def read_splits(recipe: Recipe) -> tuple[Splits, Task]:
@@ -116,6 +120,7 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     tokenizer = load_tokenizer(recipe)
     transformers.set_seed(recipe.seed)  # the head's weights are drawn next
     loaded = load_model(recipe, task, tokenizer)
+    dropout = _dropout(recipe, folder, loaded, splits, progress=progress)
     train = task.encode(splits.train, tokenizer, recipe.training)
     dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
     metric = metrics_for(task.name, task.gold((splits.dev or splits.train).labels))[0]
@@ -136,7 +141,21 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         callbacks=[clock, stop, *([schedule] if schedule else [])],
     )
     return Prepared(
-        recipe, splits, task, tokenizer, loaded, train, dev, trainer, steps, metric, schedule, every, clock, stop
+        recipe,
+        splits,
+        task,
+        tokenizer,
+        loaded,
+        train,
+        dev,
+        trainer,
+        steps,
+        metric,
+        schedule,
+        every,
+        clock,
+        stop,
+        dropout,
     )
 
 
@@ -286,6 +305,32 @@ def planned_steps(arguments: TrainingArguments, examples: int) -> int:
         batches = math.ceil(share / arguments.per_device_train_batch_size)
     updates = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(arguments.num_train_epochs * updates)
+
+
+def _dropout(
+    recipe: Recipe, folder: Path, loaded: Loaded, splits: Splits, *, progress: bool
+) -> tuple[GuidedDropout, Applied] | None:
+    """Sets the recipe's dropout rates on the model; what they are measured on is read first, where it has to be."""
+    chosen = recipe.dropout
+    if chosen is None:
+        return None
+    if chosen.rates is not None:
+        rates = GuidedDropout.load(recipe.path(chosen.rates))
+    elif (folder / DROPOUT).is_file():  # of the same recipe, interrupted: measured already
+        rates = GuidedDropout.load(folder / DROPOUT)
+    else:
+        texts = load_texts(recipe, chosen.texts) if chosen.texts else splits.train.texts
+        rates = GuidedDropout.estimate(
+            locate(recipe),
+            (text if isinstance(text, str) else " ".join(text) for text in texts),
+            max_examples=chosen.max_examples,
+            max_length=recipe.training.max_length,
+            seed=recipe.seed,
+            progress=progress,
+        )
+    options = chosen.model_dump(include={"upper", "lower", "mean", "linear_in", "within_type", "noise"})
+    rates = rates.using(chosen.schedule, seed=recipe.seed, **options)
+    return rates, rates.apply(loaded.model, on=chosen.target)
 
 
 def _interval(recipe: Recipe, loaded: Loaded, steps: int) -> int | None:

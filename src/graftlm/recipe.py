@@ -143,6 +143,27 @@ class Unfreezing(_Model):
         return self
 
 
+class Dropout(_Model):
+    """The arguments of `graftlm.GuidedDropout`; the name of a schedule alone is short for them."""
+
+    schedule: Literal["guided", "uniform", "shuffled", "reversed", "type"] = "guided"
+    rates: str | None = Field(None, description="file of GuidedDropout.save; null: measured before the training")
+    texts: Source | None = Field(None, description="text to measure on; null: the training split's")
+    max_examples: Count = Field(2000, description="texts to measure on at most; fewer once the ranking is settled")
+    upper: Share = 0.1
+    lower: Share = 0.0
+    mean: Share | None = Field(None, description="mean rate to hold; null: as it comes")
+    linear_in: Literal["rank", "score"] = "rank"
+    within_type: bool = False
+    noise: Literal["bernoulli", "gaussian"] = "bernoulli"
+    target: Literal["auto", "model", "adapters"] = Field("auto", description="whose dropouts are set")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"schedule": value} if isinstance(value, str) else value
+
+
 class Training(_Model):
     """How long and how fast; names are those of transformers' TrainingArguments where it has the same thing."""
 
@@ -222,6 +243,7 @@ class Recipe(_Model):
     data: Data
     adapter: Adapter = Adapter()
     unfreezing: Unfreezing | None = Field(None, description="null: plain training")
+    dropout: Dropout | None = Field(None, description="null: the model's own rates")
     training: Training = Training()
     references: References = References(majority=True)
     licences: Licences = Licences()
@@ -295,8 +317,11 @@ class Recipe(_Model):
 
         values = self.values()
         values["model"] = move(self.model) if self.model != "starter" else self.model
-        data = values["data"]
-        for splits, key in [(data, "train"), (data, "dev"), *((data["test"], tag) for tag in data["test"])]:
+        data, dropout = values["data"], values["dropout"] or {"rates": None, "texts": None}
+        if dropout["rates"]:
+            dropout["rates"] = move(dropout["rates"])
+        places = [(data, "train"), (data, "dev"), (dropout, "texts"), *((data["test"], tag) for tag in data["test"])]
+        for splits, key in places:
             if isinstance(splits[key], str):
                 splits[key] = move(splits[key])
             elif splits[key]:

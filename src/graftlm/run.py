@@ -29,7 +29,7 @@ from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
 from graftlm.evaluation.transfer import paired_gain, score
 from graftlm.folder import RESOLVED, load, save
 from graftlm.hub import licences, push
-from graftlm.prepare import CHECKPOINTS, Prepared, checked, make_trainer, prepare, training_arguments
+from graftlm.prepare import CHECKPOINTS, DROPOUT, Prepared, checked, make_trainer, prepare, training_arguments
 from graftlm.recipe import Recipe, Source
 from graftlm.tasks import Encoded, Prediction, Task, task_for
 
@@ -76,6 +76,9 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / WRITTEN, recipe.text)
         write_text(folder / RESOLVED, recipe.relocated(folder).resolved())
+        if prepared.dropout:
+            rates, applied = prepared.dropout
+            rates.save(folder / DROPOUT, applied)
     trainer.accelerator.wait_for_everyone()
     _train(prepared, folder)
 

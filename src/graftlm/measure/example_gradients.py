@@ -121,16 +121,16 @@ class ExampleGradients:
 
     def _module_norms(self, module: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         if type(module) is nn.Linear or _is_transposed_linear(module):  # a subclass may compute something else
-            x, g = (torch.cat([self._by_example(pair[i]) for pair in calls], dim=1) for i in (0, 1))
+            x, g = (_joined([self._by_example(pair[i]) for pair in calls]) for i in (0, 1))
             norms = {"weight": _linear_norms(x, g)}
             return norms | {"bias": g.sum(1).square().sum(-1)} if module.bias is not None else norms
         if isinstance(module, nn.Embedding):
             ids, g = (
-                torch.cat(parts, dim=1) for parts in zip(*(self._lookup(module, x, g) for x, g in calls), strict=True)
+                _joined(parts) for parts in zip(*(self._lookup(module, x, g) for x, g in calls), strict=True)
             )
             return {"weight": _lookup_norms(ids, g)}
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-            x, g = (torch.cat([self._by_example(pair[i]) for pair in calls], dim=1) for i in (0, 1))
+            x, g = (_joined([self._by_example(pair[i]) for pair in calls]) for i in (0, 1))
             normed = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
             norms = {"weight": (g * normed).sum(1).square().sum(-1)}
             return norms | {"bias": g.sum(1).square().sum(-1)} if module.bias is not None else norms
@@ -152,10 +152,10 @@ class ExampleGradients:
         """For one table W used by rows (e = W[ids]) and as a matrix (z = W x): the squared norm of the sum of both."""
         norms = torch.zeros(())
         if lookups:
-            ids, g = (torch.cat(parts, dim=1) for parts in zip(*lookups, strict=True))
+            ids, g = (_joined(parts) for parts in zip(*lookups, strict=True))
             norms = _lookup_norms(ids, g)
         if products:
-            x, z = (torch.cat([self._by_example(pair[i]) for pair in products], dim=1) for i in (0, 1))
+            x, z = (_joined([self._by_example(pair[i]) for pair in products]) for i in (0, 1))
             x, z = _used_positions(x, z)
             norms = norms + _linear_norms(x, z)
             if lookups:
@@ -189,6 +189,11 @@ def _linear_norms(
     if tokens * (width_in + width_out) < width_in * width_out:
         return (torch.einsum("bsi,bti->bst", x, x) * torch.einsum("bso,bto->bst", g, g)).sum((1, 2))
     return torch.einsum("bto,bti->boi", g, x).square().sum((1, 2))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The tokens of several calls one behind the other; those of a single one are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _lookup_norms(

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from lms import lm, task_of, texts, tokenizer
+from lms import fitted, lm, task_of, texts, tokenizer
 from tiny import ARCHITECTURES, MASK, tiny_model
 from torch import nn
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForPreTraining, BertModel
@@ -152,18 +152,6 @@ def test_progress_and_error_are_shown(capfd):
     assert "90 texts, all texts used, ranks certain to ±" in shown.out + shown.err
 
 
-def fitted(model, some, task="masked_lm", steps=60):
-    """A model that has learned which words its texts are made of, and more."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
-    model.train()
-    for step in range(steps):
-        for _, batch in batches(some, tokenizer(), task, batch_size=len(some), max_length=24, seed=step):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return model
-
-
 LEARNABLE = [f"w{i} w{i + 1} w{i} w{i + 1} w{i} w{i + 1}" for i in range(0, 40, 2)]
 
 
@@ -174,10 +162,8 @@ def test_a_trained_head_passes_and_a_random_one_is_named():
     assert rates.settled.loss < 0.6 * math.log(96)
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in broken.cls.parameters():
-            if parameter.ndim > 1 and parameter is not broken.bert.embeddings.word_embeddings.weight:
-                parameter.normal_(std=0.02)
-        broken.bert.embeddings.word_embeddings.weight.normal_(std=0.02)
+        for parameter in broken.cls.parameters():  # its matrix is the embeddings' too
+            parameter.normal_(std=0.02)
     with pytest.raises(ModelError, match=r"(?s)head is freshly initialised.*cls.*word frequencies alone"):
         GuidedDropout.estimate(broken, LEARNABLE, **options)
 

@@ -226,11 +226,17 @@ class GuidedDropout:
         rates = self.rates_of(blocks)
         return set_rates(model, found.backbone, blocks, rates, self.schedule.noise, verify)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the measurement, the schedule and the model's fingerprint as JSON; no weights, no text."""
+    def save(self, path: str | os.PathLike[str], applied: Applied | None = None) -> Path:
+        """Writes the measurement, the schedule and the model's fingerprint as JSON; no weights, no text.
+
+        Args:
+            path: the file.
+            applied: what `apply` returned, to stand beside the rates.
+        """
         path = Path(path)
+        values = self.as_dict() | ({"applied": dataclasses.asdict(applied)["rows"]} if applied else {})
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
 

@@ -1,0 +1,102 @@
+"""`dropout:` in a recipe: what is set in the model that trains, and what the run folder says of it."""
+
+import json
+
+import pytest
+import torch
+from lms import lm, save_language_model, texts, tokenizer
+from small import classification_rows, small_folder, small_recipe
+from torch import nn
+
+from graftlm.errors import ModelError, RecipeError
+from graftlm.prepare import prepare
+from graftlm.recipe import load_recipe
+from graftlm.run import run_recipe
+from graftlm.training.dropout.guided import GuidedDropout
+
+FULL = "adapter={method: none}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = small_folder(tmp_path_factory.mktemp("dropout"), train=40)
+    save_language_model(folder / "model", [row["text"] for row in classification_rows(40, 0)])
+    return folder
+
+
+def rates_in(model: nn.Module) -> dict[str, float]:
+    return {
+        n.removeprefix("bert."): m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and n != "dropout"
+    }
+
+
+def test_a_run_measures_sets_and_writes_down(folder):
+    recipe = small_recipe(folder, FULL, "dropout=guided", "training.max_steps=4", "data.dev=null", "name=guided")
+    prepared = prepare(recipe, recipe.folder, progress=False)
+    rates, applied = prepared.dropout
+    assert rates_in(prepared.trainer.model) == {row.module: row.new for row in applied.rows}
+    assert sorted(rates_in(prepared.trainer.model).values()) == pytest.approx([0.1 * i / 9 for i in range(10)])
+    assert not (recipe.folder / "dropout.json").exists()
+    run_recipe(recipe, progress=False)
+    written = json.loads((recipe.folder / "dropout.json").read_text())
+    assert [row["module"] for row in written["applied"]] == [row.module for row in applied.rows]
+    assert GuidedDropout.load(recipe.folder / "dropout.json").rates == rates.rates
+    assert "dropout:" in (recipe.folder / "recipe.resolved.yaml").read_text()
+    again = prepare(recipe, recipe.folder, progress=False)  # as a resumed run: read, not measured
+    assert again.dropout[0].tensors == GuidedDropout.load(recipe.folder / "dropout.json").tensors
+
+
+def test_rates_and_texts_from_files(folder):
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(30)))
+    measured = GuidedDropout.estimate(
+        folder / "model", texts(30), max_length=32, seed=0, progress=False, check_head=False
+    )
+    measured.save(folder / "rates.json")
+    options = ("training.max_steps=2", "data.dev=null", FULL)
+    shuffled = small_recipe(folder, *options, "dropout={schedule: shuffled, rates: rates.json}", "seed=3")
+    model = prepare(shuffled, folder / "none", progress=False).trainer.model
+    assert list(rates_in(model).values()) != list(measured.rates.values())
+    wanted = {"embeddings.dropout": measured.using("shuffled", seed=3).rates["embeddings"]}
+    assert rates_in(model)["embeddings.dropout"] == wanted["embeddings.dropout"]
+    moved = shuffled.relocated(folder / "runs" / "deep")
+    assert moved.dropout.rates == "../../rates.json"
+    from_texts = small_recipe(folder, *options, "dropout={texts: more.jsonl, mean: 0.2}")
+    with pytest.raises(ModelError, match="freshly initialised"):  # random words: it predicts them no better than chance
+        prepare(from_texts, folder / "none", progress=False)
+    assert from_texts.relocated(folder / "runs").dropout.texts.path == "../more.jsonl"
+
+
+def test_lora_dropouts(folder):
+    recipe = small_recipe(folder, "dropout={target: adapters}", "training.max_steps=2", "data.dev=null")
+    model = prepare(recipe, folder / "none", progress=False).trainer.model
+    found = sorted(m.p for n, m in model.named_modules() if "lora_dropout." in n)
+    assert found == pytest.approx([0.1 * i / 5 for i in range(6)])
+
+
+def test_a_model_without_its_head_stops_the_run_before_it_begins(tmp_path):
+    folder = small_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"freshly initialised(?s:.*)cls\.predictions"):
+        run_recipe(small_recipe(folder, "dropout=guided"), progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dropout: {schedul: guided}", "schedul"),
+        ("dropout: random", "guided"),
+        ("dropout: {upper: 1.5}", "upper"),
+        ("dropout: {texts: {path: a.jsonl, splitt: b}}", "splitt"),
+    ],
+)
+def test_mistakes_in_the_key(tmp_path, text, message):
+    from small import RECIPE
+
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}{text}\n")
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml:\d+(?s:.*){message}"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_tokenizer_of_the_tests_knows_its_words():
+    assert tokenizer().unk_token_id not in tokenizer()(" ".join(texts(20)))["input_ids"]
+    assert isinstance(lm("bert"), torch.nn.Module)
