@@ -76,7 +76,7 @@ def test_the_constraints_fit_the_declared_ranges():
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     extras = PROJECT["optional-dependencies"]
-    for text in [*PROJECT["dependencies"], *extras["test"], *extras["docs"], *extras["dev"][1:]]:
+    for text in [*PROJECT["dependencies"], *extras["cluster"], *extras["test"], *extras["docs"], *extras["dev"][1:]]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
