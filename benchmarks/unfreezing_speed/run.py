@@ -1,6 +1,6 @@
 """How much time scheduled unfreezing saves, and what FUN's trace passes cost. See README.md.
 
-    python benchmarks/unfreezing_speed/measure.py [--rounds 10] [--out results.jsonl]
+    python benchmarks/unfreezing_speed/run.py [--rounds 10] [--out results.jsonl]
 
 Everything is a ratio between arms that take turns within one process; each row is written as soon as it is measured.
 """
