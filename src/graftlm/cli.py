@@ -267,7 +267,7 @@ def _study(
     name: str | None,
 ) -> "Study":
     from graftlm.recipe import load_recipe
-    from graftlm.study.plan import is_study, load_study, parse_variant, parse_vary, plan
+    from graftlm.study.plan import is_study, load_study, parse_variant, parse_vary, plan_study
 
     if is_study(file):
         given = {"--vary": vary, "--variant": variant, "--tune": tune, "--seeds": seeds, "--name": name}
@@ -276,7 +276,7 @@ def _study(
                 "a study's YAML says this itself", found=f"{', '.join(idle)} beside {file}", fix=str(file)
             )
         return load_study(file, overrides)
-    return plan(
+    return plan_study(
         load_recipe(file, overrides),
         vary=dict(map(parse_vary, vary)) if vary else None,
         variants=dict(map(parse_variant, variant)) if variant else None,

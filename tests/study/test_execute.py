@@ -20,7 +20,7 @@ from graftlm.study import execute as module
 from graftlm.study.claims import Claims, Holder
 from graftlm.study.compare import compare, summarise
 from graftlm.study.execute import Shard, dev_score, execute, needed, tuned
-from graftlm.study.plan import Run, plan
+from graftlm.study.plan import Run, plan_study
 from graftlm.study.runner import error_of, finished
 
 SCHEDULES = {"unfreezing.schedule": ["standard", "gradual"]}
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def study_in(folder, root, **changes):
     recipe = small_recipe(folder, "training.max_steps=6", "training.arguments={use_cpu: true}")
-    return plan(recipe, **({"vary": SCHEDULES, "seeds": 2, "folder": root, "name": "s"} | changes))
+    return plan_study(recipe, **({"vary": SCHEDULES, "seeds": 2, "folder": root, "name": "s"} | changes))
 
 
 def holders(study):

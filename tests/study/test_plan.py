@@ -5,7 +5,7 @@ from small import small_folder, small_recipe
 
 from graftlm.errors import RecipeError
 from graftlm.recipe import differences
-from graftlm.study.plan import Run, is_study, load_study, parse_variant, parse_vary, plan
+from graftlm.study.plan import Run, is_study, load_study, parse_variant, parse_vary, plan_study
 
 SCHEDULES = {"unfreezing.schedule": ["standard", "gradual"]}
 
@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 def test_each_run_is_the_recipe_with_what_varies(folder):
     recipe = small_recipe(folder, "references=[standard, majority]", "output.push_to_hub=me/topics")
-    study = plan(recipe, vary=SCHEDULES | {"training.learning_rate": [0.1, 0.2]}, seeds=2)
+    study = plan_study(recipe, vary=SCHEDULES | {"training.learning_rate": [0.1, 0.2]}, seeds=2)
     assert [variant.name for variant in study.variants] == [
         "schedule standard, learning_rate 0.1",
         "schedule standard, learning_rate 0.2",
@@ -39,7 +39,9 @@ def test_each_run_is_the_recipe_with_what_varies(folder):
 
 
 def test_tuning_tries_each_combination_with_the_first_seed(folder):
-    study = plan(small_recipe(folder), vary=SCHEDULES, tune={"training.learning_rate": [0.1, 0.2], "adapter.r": [2, 4]})
+    study = plan_study(
+        small_recipe(folder), vary=SCHEDULES, tune={"training.learning_rate": [0.1, 0.2], "adapter.r": [2, 4]}
+    )
     assert len(study.tune) == 4 and len(study.trials()) == 8
     last = study.recipe_of(study.trials()[-1])
     assert (last.training.learning_rate, last.adapter.r, last.seed) == (0.2, 4, 0)
@@ -50,7 +52,7 @@ def test_tuning_tries_each_combination_with_the_first_seed(folder):
 
 
 def test_folds_change_the_data(folder):
-    study = plan(
+    study = plan_study(
         small_recipe(folder), vary=SCHEDULES, folds=[{"data.train": "train.jsonl"}, {"data.train": "dev.jsonl"}]
     )
     assert len(study.scored()) == 2 * 2 * 3
@@ -78,7 +80,7 @@ def test_folds_change_the_data(folder):
 )
 def test_what_makes_no_study(folder, changes, message):
     with pytest.raises(RecipeError, match=message):
-        plan(small_recipe(folder), **({"vary": SCHEDULES} | changes))
+        plan_study(small_recipe(folder), **({"vary": SCHEDULES} | changes))
 
 
 def test_a_study_in_a_file(folder):

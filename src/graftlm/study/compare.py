@@ -25,7 +25,7 @@ def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Co
     go on.
 
     Args:
-        study: what `graftlm.study.plan.plan` or `load_study` made.
+        study: what `graftlm.plan_study` or `load_study` made.
         shard: the part of the runs that this process is for.
         ray: address of a Ray cluster whose workers do the runs (`auto`: the one this machine belongs to, `local`: one
             that is started here); None: they are done here, one after the other.
@@ -39,7 +39,7 @@ def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Co
 
     Example::
 
-        study = plan(load_recipe("topics.yaml"), vary={"unfreezing.schedule": ["standard", "gradual"]}, seeds=5)
+        study = plan_study(load_recipe("topics.yaml"), vary={"unfreezing.schedule": ["standard", "gradual"]}, seeds=5)
         print(markdown(compare(study)))
     """
     if ray is None:

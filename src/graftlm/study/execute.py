@@ -132,7 +132,7 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
     """Does what is not done yet, one run after the other; processes that share the folder divide the work.
 
     Args:
-        study: what `plan` or `load_study` made.
+        study: what `plan_study` or `load_study` made.
         shard: the part of the runs that this process is for.
         after: called with each run that was finished here.
 

@@ -86,7 +86,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, made by `plan` or `load_study`."""
+    """What is compared, made by `plan_study` or `load_study`."""
 
     name: str
     recipe: Recipe
@@ -240,7 +240,7 @@ def _varied(vary: Mapping[str, Sequence[Any]]) -> dict[str, Values]:
     return {(next(iter(values.values())) if bare else describe(values)): values for values in grid(vary)}
 
 
-def plan(
+def plan_study(
     recipe: Recipe,
     *,
     vary: Mapping[str, Sequence[Any]] | None = None,
@@ -254,7 +254,8 @@ def plan(
     """A study from its parts; `StudyFile` says what each is.
 
     >>> from graftlm.recipe import load_recipe, shipped
-    >>> study = plan(load_recipe(shipped()["demo"]), vary={"unfreezing.schedule": ["standard", "gradual"]}, seeds=2)
+    >>> demo = load_recipe(shipped()["demo"])
+    >>> study = plan_study(demo, vary={"unfreezing.schedule": ["standard", "gradual"]}, seeds=2)
     >>> study.name, [study.run_name(run) for run in study.scored()]
     ('demo-schedule', ['standard.seed0', 'gradual.seed0', 'standard.seed1', 'gradual.seed1'])
     """
@@ -300,7 +301,7 @@ def load_study(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> S
     except ValidationError as error:
         origins = {key: f"{file.name}:{line}" for key, line in lines.items()}
         raise recipe_errors.explain(error, StudyFile, values, file.name, origins) from None
-    return plan(
+    return plan_study(
         load_recipe(file.parent / read.recipe, overrides),
         vary=read.vary,
         variants=read.variants,
