@@ -144,11 +144,15 @@ def test_a_pair_of_berts_as_encoder_and_decoder():
 
 
 class Wrapped(nn.Module):
-    """What DDP and DataParallel look like from outside."""
+    """What DDP and DataParallel look like from outside, and FSDP1 with another name for what is inside."""
 
-    def __init__(self, module):
+    def __init__(self, module, name="module"):
         super().__init__()
-        self.module = module
+        self.add_module(name, module)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")  # the wrapper is what matters; inductor takes seconds to import
 
 
 def lora(model, task_type=None):
@@ -161,9 +165,10 @@ WRAPPERS = {
     "lora with a task type": lambda m: lora(m, "SEQ_CLS"),
     "lora without one": lora,
     "module.": Wrapped,
+    "FSDP1": lambda m: Wrapped(m, "_fsdp_wrapped_module"),
     "DataParallel": nn.DataParallel,
-    "torch.compile": torch.compile,
-    "all of them": lambda m: Wrapped(torch.compile(lora(m, "SEQ_CLS"))),
+    "torch.compile": compiled,
+    "all of them": lambda m: Wrapped(compiled(lora(m, "SEQ_CLS"))),
 }
 
 
@@ -220,7 +225,7 @@ def test_an_unknown_model_says_what_was_looked_for_and_what_to_type():
 @pytest.mark.parametrize("patterns", [["blocks.*"], ["re:blocks[.][0-9]+"], ["bl*ks.*"], ["**ks.*"]])
 def test_naming_the_layers_of_an_own_model_works(patterns):
     own = Own()
-    for model, prefix in ((own, ""), (Wrapped(own), "module."), (torch.compile(own), "_orig_mod.")):
+    for model, prefix in ((own, ""), (Wrapped(own), "module."), (compiled(own), "_orig_mod.")):
         found = describe(model, layers=patterns)
         # numbers count as numbers: block 10 comes after block 9, not after block 1
         assert [layer.name for layer in found.layers] == [f"{prefix}blocks.{index}" for index in range(11)]
