@@ -37,13 +37,13 @@ def _axes(narrow: bool, height: float, left: float, top: float, bottom: float = 
 
 def _legend(figure: Figure, handles: Sequence, narrow: bool) -> None:
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=2 if narrow else 4, borderpad=0,
+        handles=handles, loc="upper left", bbox_to_anchor=(0, 1), ncols=3 if narrow else 4, borderpad=0,
         borderaxespad=0, handletextpad=0.2, columnspacing=1.4,
     )  # fmt: skip
 
 
 def _legend_height(count: int, narrow: bool) -> int:
-    return 12 + 22 * -(-count // (2 if narrow else 4))
+    return 12 + 22 * -(-count // (3 if narrow else 4))
 
 
 def differences(comparison: Comparison) -> Callable[[bool], Figure]:
@@ -98,7 +98,7 @@ def differences(comparison: Comparison) -> Callable[[bool], Figure]:
         axes.grid(axis="x", color=LINE, lw=0.8, zorder=0)
         axes.set_axisbelow(True)
         unit = "points" if metric.percent else metric.title
-        axes.set_xlabel(f"{unit} better than {_short(comparison.variants[0].name)} (right: better)")
+        axes.set_xlabel(f"{unit} better than {_short(comparison.variants[0].name)}")
         return figure
 
     return draw
