@@ -144,15 +144,16 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
     return Split(origin, ids, texts, texts_b if columns.text_b is not None else None, labels, names)
 
 
-def load_texts(recipe: Recipe, source: Source) -> list[str]:
-    """The text column of a source, whatever else its rows hold.
+def load_texts(recipe: Recipe, source: Source, column: str) -> list[str]:
+    """One column of a source as texts, whatever else its rows hold; empty ones are left out.
 
     Raises:
-        DataError: as for `load_split`, labels aside.
+        DataError: a source that is missing or malformed, no such column, a text that is no string.
     """
     origin, rows, _ = _rows(recipe, source, "train")
-    places = ((row, f"{origin}, row {number + 1}") for number, row in enumerate(rows))
-    return [_text(_cell(row, recipe.data.text, place, "data.text"), place, recipe.data.text) for row, place in places]
+    places = ((f"{origin}, row {number + 1}", row) for number, row in enumerate(rows))
+    found = ((place, _cell(row, column, place, "dropout.text")) for place, row in places)
+    return [_text(text, place, column) for place, text in found if not isinstance(text, str) or text.strip()]
 
 
 def starter_path(text: str) -> Path:

@@ -319,7 +319,7 @@ def _dropout(
     elif (folder / DROPOUT).is_file():  # of the same recipe, interrupted: measured already
         rates = GuidedDropout.load(folder / DROPOUT)
     else:
-        texts = load_texts(recipe, chosen.texts) if chosen.texts else splits.train.texts
+        texts = load_texts(recipe, chosen.texts, chosen.text) if chosen.texts else splits.train.texts
         rates = GuidedDropout.estimate(
             locate(recipe),
             (text if isinstance(text, str) else " ".join(text) for text in texts),

@@ -149,6 +149,7 @@ class Dropout(_Model):
     schedule: Literal["guided", "uniform", "shuffled", "reversed", "type"] = "guided"
     rates: str | None = Field(None, description="file of GuidedDropout.save; null: measured before the training")
     texts: Source | None = Field(None, description="text to measure on; null: the training split's")
+    text: str = Field("text", description="the text column of `texts`")
     max_examples: Count = Field(2000, description="texts to measure on at most; fewer once the ranking is settled")
     upper: Share = 0.1
     lower: Share = 0.0

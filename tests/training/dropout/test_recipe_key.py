@@ -7,12 +7,15 @@ import torch
 from lms import lm, save_language_model, texts, tokenizer
 from small import classification_rows, small_folder, small_recipe
 from torch import nn
+from transformers import BertForMaskedLM
 
 from graftlm.errors import ModelError, RecipeError
+from graftlm.evaluation.report import write_report
 from graftlm.prepare import prepare
 from graftlm.recipe import load_recipe
 from graftlm.run import run_recipe
 from graftlm.training.dropout.guided import GuidedDropout
+from graftlm.training.dropout.landscape import loss_landscape
 
 FULL = "adapter={method: none}"
 
@@ -100,3 +103,21 @@ def test_mistakes_in_the_key(tmp_path, text, message):
 def test_the_tokenizer_of_the_tests_knows_its_words():
     assert tokenizer().unk_token_id not in tokenizer()(" ".join(texts(20)))["input_ids"]
     assert isinstance(lm("bert"), torch.nn.Module)
+
+
+def test_the_report_shows_rates_and_landscape(folder):
+    recipe = small_recipe(folder, FULL, "dropout=shuffled", "training.max_steps=2", "data.dev=null", "name=shown")
+    run_recipe(recipe, progress=False)
+    page = (recipe.folder / "report.html").read_text()
+    assert "Which dropout was set where?" in page
+    assert "Schedule: shuffled; mean rate 0.0500." in page
+    assert "encoder.layer.2.ffn_output" in page
+    assert "How steep is the pretraining loss" not in page
+    model = BertForMaskedLM.from_pretrained(folder / "model")
+    rates = GuidedDropout.load(recipe.folder / "dropout.json")
+    found = loss_landscape(model, texts(4), rates, tokenizer=tokenizer(), points=3, progress=False)
+    found.save(recipe.folder / "landscape.json")
+    page = write_report(recipe.folder).read_text()
+    assert "How steep is the pretraining loss" in page
+    assert f"{found.radius['top']:.1f} for the half with the most information" in page
+    assert page.count('role="img"') % 2 == 0
