@@ -3,11 +3,11 @@
 import json
 import statistics as plain_statistics
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import AwareDatetime, Field
@@ -27,7 +27,7 @@ from graftlm.measure.statistics import (
     seed_weights,
 )
 
-SCHEMA = "graftlm.study/1"
+SCHEMA: Final = "graftlm.study/1"
 FILE = "study.json"
 MEAN = "mean"
 RESAMPLES = 10_000
@@ -176,7 +176,7 @@ class VariantRuns:
 class _Language:
     """One language's items, and every variant's and seed's answers to them."""
 
-    keys: list[Hashable]
+    keys: list[tuple[int, Any]]  # (fold, id)
     is_source: bool
     majority: float | None
     made: dict[tuple[int, int], Callable[[np.ndarray], np.ndarray]]  # (variant, seed) → statistic
@@ -280,7 +280,7 @@ def compare_runs(
 def _languages(
     first: Result, variants: Sequence[VariantRuns], results: Mapping[tuple[int, int], list[Result]]
 ) -> dict[str, _Language]:
-    answers: dict[str, dict[tuple[int, int], dict[Hashable, tuple[Any, Any]]]] = {}
+    answers: dict[str, dict[tuple[int, int], dict[tuple[int, Any], tuple[Any, Any]]]] = {}
     majorities: dict[str, list[tuple[int, float]]] = {}
     for v, s in results:
         for fold, folder in enumerate(variants[v].folders[s]):
@@ -322,7 +322,8 @@ def _sides(task: str, pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list
     if task != "multi_label":
         return labels, predictions
     names = sorted({name for side in (labels, predictions) for one in side for name in one})
-    return tuple([[float(name in one) for name in names] for one in side] for side in (labels, predictions))
+    labels, predictions = ([[float(name in one) for name in names] for one in side] for side in (labels, predictions))
+    return labels, predictions
 
 
 _Drawn = dict[str, dict[tuple[int, int], np.ndarray]]
@@ -362,10 +363,10 @@ def _score(
     values = [observed[v, s] for s in seeds]
     found = _estimate(values, [drawn[v, s] for s in seeds], resamples, seed)
     targets = [one for one in languages.values() if not one.is_source]
-    majorities = [one.majority for one in targets]
+    majorities = [one.majority for one in targets if one.majority is not None]
     if tag == MEAN:
         n = min(len(one.keys) for one in targets)
-        majority = float(np.mean(majorities)) if None not in majorities else None
+        majority = float(np.mean(majorities)) if len(majorities) == len(targets) else None
     else:
         n, majority = len(languages[tag].keys), languages[tag].majority
     return VariantScore(

@@ -4,13 +4,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from graftlm.evaluation.comparison import Comparison
 from graftlm.evaluation.comparison_table import column_name, rows_of
-from graftlm.evaluation.pictures import ACCENT, INK, LINE, MUTED, PAPER, SECOND
+from graftlm.evaluation.pictures import (
+    ACCENT,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SECOND,
+    axes_in_pixels,
+    language_rows,
+    shortened,
+)
 from graftlm.evaluation.table import inert, metric_of
 
 # told apart by shape as well as by colour; more variants than styles share one
@@ -23,16 +32,7 @@ def _style(number: int) -> tuple[str, str]:
 
 
 def _short(name: str) -> str:
-    name = inert(name)
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
-
-
-def _axes(narrow: bool, height: float, left: float, top: float, bottom: float = 50) -> tuple[Figure, Axes]:
-    """Axes with margins in pixels of the page (a picture is 360 or 720 wide)."""
-    width = 360 if narrow else 720
-    figure = Figure(figsize=(width / 72, height / 72))
-    box = (left / width, bottom / height, 1 - (left + 16) / width, 1 - (top + bottom) / height)
-    return figure, figure.add_axes(box)
+    return shortened(inert(name), _NAME)
 
 
 def _legend(figure: Figure, handles: Sequence, narrow: bool) -> None:
@@ -56,10 +56,10 @@ def differences(comparison: Comparison) -> Callable[[bool], Figure]:
     def draw(narrow: bool) -> Figure:
         step = max(34, 18 * len(others) + 12)
         names = [inert(column_name(comparison, tag)) for tag in tags]
-        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+        names = [shortened(name) for name in names]
         left = 24 + 7 * max(map(len, names))
         top = _legend_height(len(others) + 1, narrow)
-        figure, axes = _axes(narrow, step * len(tags) + top + 50, left, top)
+        figure, axes = axes_in_pixels(narrow, step * len(tags) + top + 50, left=left, right=16, top=top, bottom=50)
         extent = [0.0]
         for y, tag in enumerate(tags):
             floor = comparison.noise_floor.get(tag)
@@ -88,15 +88,7 @@ def differences(comparison: Comparison) -> Callable[[bool], Figure]:
         if any(comparison.noise_floor.get(tag) for tag in tags):
             handles.append(axes.plot([], [], "s", ms=10, color=LINE, label="noise floor")[0])
         _legend(figure, handles, narrow)
-        axes.set_yticks(range(len(tags)), names, ha="left")
-        axes.tick_params(axis="y", pad=left)  # left edge of the names = left edge of the table below
-        axes.set_ylim(len(tags) - 0.5, -0.5)
-        low, high = scale * min(extent), scale * max(extent)
-        pad = 0.06 * (high - low) or 1
-        axes.set_xlim(low - pad, high + pad)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, steps=[1, 2, 5, 10]))
-        axes.grid(axis="x", color=LINE, lw=0.8, zorder=0)
-        axes.set_axisbelow(True)
+        language_rows(axes, names, [scale * value for value in extent], left, narrow)
         unit = "points" if metric.percent else metric.title
         axes.set_xlabel(f"{unit} better than {_short(comparison.variants[0].name)}")
         return figure
@@ -112,26 +104,27 @@ def cost(comparison: Comparison) -> Callable[[bool], Figure] | None:
     for number, variant in enumerate(comparison.variants):
         score = comparison.score(variant, comparison.main)
         seconds = variant.cost.train_seconds if variant.cost else None
-        if score is not None and score.score.value is not None and seconds is not None:
-            points.append((number, variant.name, seconds, score))
+        value = score.score.value if score else None
+        if score is not None and value is not None and seconds is not None:
+            ends = [scale * (value if end is None else end) for end in (score.score.low, score.score.high)]
+            seeds = [scale * one for one in score.by_seed if one is not None]
+            points.append((number, variant.name, seconds, scale * value, ends, seeds))
     if not points:
         return None
 
     def draw(narrow: bool) -> Figure:
         top = _legend_height(len(points), narrow)
-        figure, axes = _axes(narrow, 250 + top, 64, top)
-        for number, name, seconds, score in points:
+        figure, axes = axes_in_pixels(narrow, 250 + top, left=64, right=16, top=top, bottom=50)
+        for number, name, seconds, value, ends, seeds in points:
             marker, colour = _style(number - 1) if number else ("o", MUTED)
-            low, high = (score.score.value if end is None else end for end in (score.score.low, score.score.high))
-            axes.plot([seconds] * 2, [scale * low, scale * high], color=colour, lw=2.4, alpha=0.4, zorder=2)
-            seeds = [scale * value for value in score.by_seed if value is not None]
+            axes.plot([seconds] * 2, ends, color=colour, lw=2.4, alpha=0.4, zorder=2)
             axes.plot([seconds] * len(seeds), seeds, "_", ms=9, mew=1.4, color=colour, alpha=0.8, zorder=3)
             axes.plot(
-                seconds, scale * score.score.value, marker, ms=9, color=colour, mec=PAPER, mew=1.2, zorder=4,
+                seconds, value, marker, ms=9, color=colour, mec=PAPER, mew=1.2, zorder=4,
                 label=_short(name), ls="none",
             )  # fmt: skip
         _legend(figure, axes.get_legend_handles_labels()[0], narrow)
-        longest = max(seconds for _, _, seconds, _ in points)
+        longest = max(seconds for _, _, seconds, *_ in points)
         axes.set_xlim(0, 1.12 * longest)  # from 0: a saving looks as large as it is
         axes.margins(y=0.12)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -176,7 +169,7 @@ def curves(found: Sequence[tuple[int, Curve]], metric_name: str) -> Callable[[bo
 
     def draw(narrow: bool) -> Figure:
         top = _legend_height(len(found), narrow)
-        figure, axes = _axes(narrow, 230 + top, 64, top)
+        figure, axes = axes_in_pixels(narrow, 230 + top, left=64, right=16, top=top, bottom=50)
         for number, curve in found:
             marker, colour = _style(number - 1) if number else ("o", MUTED)
             axes.fill_between(curve.steps, scale * curve.low, scale * curve.high, color=colour, alpha=0.13, lw=0)

@@ -173,7 +173,7 @@ def _svg(figure: Figure, prefix: str, css_class: str, label: str) -> Markup:
     return Markup(re.sub("#0[1-6]0[1-6]0[1-6]", lambda found: f"var(--{_VARIABLES[found[0]]})", text))
 
 
-def _figure(
+def axes_in_pixels(
     narrow: bool, height: float, *, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Axes]:
     """Axes with margins in pixels of the page (a picture is 360 or 720 wide)."""
@@ -181,6 +181,24 @@ def _figure(
     figure = Figure(figsize=(width / 72, height / 72))
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     return figure, figure.add_axes(box)
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A name that fits beside a picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def language_rows(axes: Axes, names: Sequence[str], extent: Sequence[float], left: float, narrow: bool) -> None:
+    """Axes with a row a language from the top down, wide enough for `extent`; names stand over those of the table."""
+    axes.set_yticks(range(len(names)), names, ha="left")
+    axes.tick_params(axis="y", pad=left)  # left edge of the names = left edge of the table below
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if extent:
+        pad = 0.06 * (max(extent) - min(extent)) or 1
+        axes.set_xlim(min(extent) - pad, max(extent) + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, steps=[1, 2, 5, 10]))
+    axes.grid(axis="x", color=LINE, lw=0.8, zorder=0)
+    axes.set_axisbelow(True)
 
 
 def scores(result: Result) -> Callable[[bool], Figure]:
@@ -193,9 +211,9 @@ def scores(result: Result) -> Callable[[bool], Figure]:
     def draw(narrow: bool) -> Figure:
         step = 34
         names = [inert(language_name(score.language)) + (" (source)" if score.is_source else "") for score in rows]
-        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
+        names = [shortened(name) for name in names]
         left = 20 + 7 * max(map(len, names))
-        figure, axes = _figure(narrow, step * len(rows) + 84, left=left, right=16, top=34, bottom=50)
+        figure, axes = axes_in_pixels(narrow, step * len(rows) + 84, left=left, right=16, top=34, bottom=50)
         extent = []
         for y, score in enumerate(rows):
             found = result.primary(score)
@@ -224,16 +242,7 @@ def scores(result: Result) -> Callable[[bool], Figure]:
         )  # fmt: skip
         if 0 < sources < len(rows):
             axes.axhline(sources - 0.5, color=LINE, lw=1)
-        axes.set_yticks(range(len(rows)), names, ha="left")
-        axes.tick_params(axis="y", pad=left)  # left edge of the names = left edge of the table below
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        if extent:
-            low, high = scale * min(extent), scale * max(extent)
-            pad = 0.06 * (high - low) or 1
-            axes.set_xlim(low - pad, high + pad)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, steps=[1, 2, 5, 10]))
-        axes.grid(axis="x", color=LINE, lw=0.8, zorder=0)
-        axes.set_axisbelow(True)
+        language_rows(axes, names, [scale * value for value in extent], left, narrow)
         axes.set_xlabel(f"{metric.title}, %" if metric.percent else metric.title)
         return figure
 
@@ -249,7 +258,7 @@ def heat_map(trace: Trace, last_step: int | None = None) -> Callable[[bool], Fig
         count = len(names)
         row = max(9.0, min(26.0, 420 / count))
         bar = 62 if trace.measured else 30
-        figure, axes = _figure(narrow, row * count + 60 + bar, left=left, right=RIGHT, top=bar, bottom=50)
+        figure, axes = axes_in_pixels(narrow, row * count + 60 + bar, left=left, right=RIGHT, top=bar, bottom=50)
         if trace.measured:
             _cells(figure, axes, trace, end, narrow, bar)
         for y, layer in enumerate(trace.layers):

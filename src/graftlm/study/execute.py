@@ -103,10 +103,10 @@ def tuned(study: Study, run: Run) -> Run | None:
     if not study.tune or run.choice is not None:
         return run
     scores: dict[int, float] = {}
-    for trial in trials_of(study, run):
+    for choice, trial in enumerate(trials_of(study, run)):
         recipe = study.recipe_of(trial)
         if finished(recipe):
-            scores[trial.choice] = dev_score(recipe)
+            scores[choice] = dev_score(recipe)
         elif error_of(study.folder, recipe.name) is None:
             return None
     if not scores:
