@@ -244,6 +244,8 @@ def compare(
     part = Shard.parse(shard)
     _log_to_stderr()
     made = run_study(study, part, ray=ray)
+    if made is None:
+        return
     if as_json:
         out.print_json(made.model_dump_json(by_alias=True))
         return

@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 
 from graftlm.errors import DataError
 from graftlm.evaluation.comparison import MEAN, Comparison, VariantRuns, compare_runs
+from graftlm.evaluation.comparison_report import write_comparison_report
 from graftlm.evaluation.comparison_table import markdown, notes, scores_table, summary, tables
 from graftlm.evaluation.record import schema_rows, update_document
 from graftlm.measure.statistics import holm, paired_bootstrap
@@ -175,6 +176,17 @@ def test_other_items_are_an_error(tmp_path):
         compare_runs("s", variants, root=tmp_path, planned=2, finished=2)
     with pytest.raises(DataError, match="no run is finished"):
         compare_runs("s", [VariantRuns("a", {}, {})], root=tmp_path, planned=2, finished=0)
+
+
+def test_without_the_first_variant_there_are_scores_and_no_differences(tmp_path):
+    right = outcomes(np.random.default_rng(9), 1, 20, 0.5)[0]
+    folders = {0: [write_run(tmp_path / "b", {"eng": right, "deu": right})]}
+    variants = [VariantRuns("a", {}, {}), VariantRuns("b", {}, folders)]
+    found = compare_runs("s", variants, root=tmp_path, planned=2, finished=1, failures={"a.seed0": "no memory"})
+    assert found.differences == () and found.variants[1].scores[0].score.value == pytest.approx(right.mean())
+    assert [title for title, _ in tables(found)] == ["Scores", "Gain and cost"] and "no memory" in markdown(found)
+    found.write(tmp_path)
+    assert "a.seed0" in write_comparison_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_other_metrics_are_an_error(tmp_path):

@@ -4,10 +4,12 @@ import re
 
 import pytest
 from evaluation.made_up_study import made_up_comparison
-from evaluation.test_report import HOSTILE, Page, assert_inert
+from evaluation.test_report import HOSTILE, Page, assert_inert, in_chromium, server
 
 from graftlm.evaluation.comparison import Failure
 from graftlm.evaluation.comparison_report import write_comparison_report
+
+__all__ = ["server"]  # a fixture
 
 
 def page_of(folder, **changes):
@@ -73,3 +75,19 @@ def test_a_study_that_is_half_done_and_one_without_traces(tmp_path):
         log.unlink()
     bare = write_comparison_report(tmp_path).read_text(encoding="utf-8")
     assert "When did each layer train" not in bare and "How did training go" not in bare
+
+
+def test_in_chromium_nothing_leaves_the_page_and_no_name_runs(tmp_path, server):
+    port, asked = server
+    name = "<img src=http://leak.example/name><script>document.title='owned'</script>"
+    text, _ = page_of(tmp_path, seeds=2, items=40, names=("standard", name, "FUN"), name=name)
+    path = tmp_path / "study.html"
+    # a planted picture would be asked for, if the policy did not forbid it: the check can fail
+    planted = text.replace("<main>", "<main><img src=http://leak.example/planted>")
+    path.write_text(planted, encoding="utf-8")
+    dom = in_chromium(path, port)
+    assert asked == []
+    assert dom.count("<svg") == 8 and "<title>owned" not in dom and "<script" not in dom
+    path.write_text(planted.replace("Content-Security-Policy", "X-None"), encoding="utf-8")
+    in_chromium(path, port)
+    assert asked == ["/planted"]

@@ -151,11 +151,21 @@ def test_shards_are_a_partition(folder, tmp_path):
             Shard.parse(text)
 
 
+def test_a_shard_that_is_done_before_any_seed_is_whole_is_no_error(folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="graftlm")
+    folds = [{"data.train": "train.jsonl"}, {"data.train": "dev.jsonl"}]
+    study = study_in(folder, tmp_path, folds=folds, seeds=1)
+    assert compare(study, Shard(1, 4)) is None
+    assert "the tables come when the other processes are done" in caplog.text
+    assert not (study.folder / "study.json").exists()
+
+
 def test_tuning_takes_the_best_on_dev_and_a_shard_does_the_trials_that_it_needs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PAUSE", 0.01)
     study = study_in(folder, tmp_path, tune={"training.learning_rate": [1e-6, 3e-2]}, seeds=2)
     last = next(index for index in range(1, 7) if needed(study, Shard(index, 6)) == [Run(1, 1)])
-    execute(study, Shard(last, 6))
+    part = compare(study, Shard(last, 6))
+    assert [variant.seeds for variant in part.variants] == [(), (0, 1)] and part.differences == ()
     assert finished(study.recipe_of(tuned(study, Run(1, 1))))
     assert not any(finished(study.recipe_of(trial)) for trial in study.trials() if trial.variant == 0)
     made = compare(study)

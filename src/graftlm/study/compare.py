@@ -16,7 +16,7 @@ TABLES = "study.md"
 log = logging.getLogger("graftlm")
 
 
-def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Comparison:
+def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Comparison | None:
     """Does the runs of a study that are not finished yet, then scores the variants against the first one.
 
     Each run is a process of its own, begun from a clean one (in a script, call this under
@@ -31,10 +31,11 @@ def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Co
             that is started here); None: they are done here, one after the other.
 
     Returns:
-        What `study.json` holds; `study.md` and `study.html` lie beside it.
+        What `study.json` holds; `study.md` and `study.html` lie beside it. None where no seed has all its runs yet,
+        since other processes or shards are at them.
 
     Raises:
-        DataError: not one run is finished, with the errors of those that failed.
+        DataError: no seed has all its runs, and some failed; with their errors.
         MissingExtra: `ray` is given and Ray is not installed.
 
     Example::
@@ -51,8 +52,8 @@ def compare(study: Study, shard: Shard = WHOLE, *, ray: str | None = None) -> Co
     return summarise(study)
 
 
-def summarise(study: Study) -> Comparison:
-    """Scores what is finished and writes `study.json`, `study.md` and `study.html`."""
+def summarise(study: Study) -> Comparison | None:
+    """Scores what is finished and writes `study.json`, `study.md` and `study.html`; None: nothing to score yet."""
     runs = {run: chosen for run in needed(study) if (chosen := tuned_or_none(study, run)) is not None}
     done = {run for run, chosen in runs.items() if finished(study.recipe_of(chosen))}
     failures = {
@@ -61,7 +62,10 @@ def summarise(study: Study) -> Comparison:
         if run not in done and (error := error_of(study.folder, study.run_name(run))) is not None
     }
     variants = [_variant_runs(study, number) for number in range(len(study.variants))]
-    if not any(variant.folders for variant in variants) and failures:
+    if not any(variant.folders for variant in variants):
+        if not failures:
+            log.info("no seed has all its runs yet: the tables come when the other processes are done")
+            return None
         shown = "; ".join(f"{run}: {error.splitlines()[0]}" for run, error in list(failures.items())[:3])
         raise DataError("no seed has all its runs, so there is nothing to compare", found=shown, fix="see failed/")
     made = compare_runs(

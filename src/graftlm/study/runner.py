@@ -12,22 +12,22 @@ from typing import Any
 
 from graftlm import recipe as recipes
 from graftlm.errors import GraftError
+from graftlm.evaluation.folder import RECIPE
 from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import FILE as RESULT
 from graftlm.recipe import Recipe
 from graftlm.study.claims import Claims
 
 CLAIMS, LOGS, FAILED = "claims", "logs", "failed"
-RESOLVED = "recipe.resolved.yaml"
 DONE, BROKEN, TAKEN, STOPPED = 0, 1, 75, 130  # exit codes
 
 
 def finished(recipe: Recipe) -> bool:
     """Whether the run's folder holds its result; of another recipe's result the run itself will complain."""
     folder = recipe.folder
-    if not (folder / RESULT).is_file() or not (folder / RESOLVED).is_file():
+    if not (folder / RESULT).is_file() or not (folder / RECIPE).is_file():
         return False
-    return _is_of(folder / RESOLVED, (folder / RESULT).stat().st_mtime_ns, recipe.relocated(folder))
+    return _is_of(folder / RECIPE, (folder / RESULT).stat().st_mtime_ns, recipe.relocated(folder))
 
 
 _known: dict[tuple[Path, int, str], bool] = {}  # reading YAML with its lines takes longer than all else here
