@@ -30,7 +30,7 @@ CANDIDATES = ("sst2", "trec", "subj", "cola", "ag_news", "sib200")
 RATES = (1.5e-4, 5e-4)
 PRIMARY, SECONDARY, EXPLORATORY = ("guided", "shuffled"), ("usual", "uniform", "none"), ("reversed", "type")
 SEEDS = range(10)
-POOL, SHARE, EPOCHS, BATCH, LENGTH = 2000, 0.25, 5, 16, 64
+POOL, SHARE, EPOCHS, BATCH, LENGTH = 2000, 0.25, 3, 16, 32
 MOST_TEST, MOST_DEV = 1000, 500
 
 
@@ -126,7 +126,9 @@ class Runs:
         for _ in range(EPOCHS):
             order = rng.sample(train, len(train))
             for start in range(0, len(order), BATCH):
-                model(**self.batch(order[start : start + BATCH])).loss.backward()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(**self.batch(order[start : start + BATCH])).loss
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -150,7 +152,9 @@ class Runs:
             part = order[start : start + 64]
             batch = self.batch([rows[i] for i in part])
             labels = batch.pop("labels")
-            right[part] = (model(**batch).logits.argmax(-1) == labels).numpy()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(**batch).logits
+            right[part] = (logits.argmax(-1) == labels).numpy()
         return right
 
     def chosen_tasks(self) -> list[str]:
