@@ -31,13 +31,14 @@ class Estimate:
 def multiplicities(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "block n"]]:
     """Rows of how often each of n items is drawn in n draws with replacement, a block of resamples at a time.
 
-    The same n, resamples and seed give the same rows, so parallel test sets can be resampled alike.
+    The same n, resamples and seed give the same rows, so parallel test sets can be resampled alike; sets of other sizes
+    are drawn independently.
 
     >>> rows = np.concatenate(list(multiplicities(4, 100, seed=0)))
     >>> rows.shape, set(rows.sum(axis=1).tolist())
     ((100, 4), {4.0})
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, n])
     block = max(1, _CELLS // n)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
@@ -76,7 +77,7 @@ def seed_weights(seeds: int, resamples: int, seed: int) -> Float[np.ndarray, "re
     if seeds == 1:
         return np.ones((resamples, 1))
     # another stream than that of the items, or both draws would go together
-    generator = np.random.default_rng([seed, seeds])
+    generator = np.random.default_rng([seed, seeds, 1])
     return generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=resamples) / (seeds - 1)
 
 
