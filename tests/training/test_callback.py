@@ -442,11 +442,11 @@ def test_sharded_set_ups_are_refused_or_not(tmp_path, monkeypatch, kind, plugin,
 
     from accelerate.utils import DistributedType
 
-    from graftlm.training import callback
+    from graftlm.training import setups
 
     state = SimpleNamespace(distributed_type=DistributedType[kind], fsdp_plugin=SimpleNamespace(**plugin or {}))
-    monkeypatch.setattr(callback, "PartialState", lambda: state)
-    monkeypatch.setattr(callback, "AcceleratorState", lambda: state)
+    monkeypatch.setattr(setups, "PartialState", lambda: state)
+    monkeypatch.setattr(setups, "AcceleratorState", lambda: state)
     if says is None:
         train(tmp_path, adapted(), ScheduledUnfreezing(schedule, 3))
         return

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -18,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from graftlm.errors import SetupError
 from graftlm.measure.fisher import FisherTrace
 from graftlm.measure.likelihood import KINDS, TASKS
+from graftlm.training.setups import check_distributed, check_traceable, is_fsdp, without_input_gradients
 from graftlm.training.trace_probe import TraceProbe, examples_within_budget
 from graftlm.training.unfreezing import Unfreezer, check_schedule
 
@@ -130,7 +130,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         schedule, every = self._arguments["schedule"], self._arguments["every_n_steps"]
         if schedule != "standard":
-            _check_distributed(args, model)
+            check_distributed(args, model)
         if self.needs_trace_data and self._trace_data is None:
             raise SetupError(
                 "the data set for the Fisher trace is not part of a checkpoint",
@@ -156,10 +156,10 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         elif self._arguments["schedule"] != "standard":
-            self._input_gradients = _without_input_gradients(model)
+            self._input_gradients = without_input_gradients(model)
         self._probe = None
         if self._trace_passes(state):
-            _check_traceable()
+            check_traceable()
             self._probe = self._make_probe(args, state, model, train_dataloader)
         if state.global_step > 0:
             self._take_up(state)
@@ -234,7 +234,7 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
         if examples is None:
             batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             examples = examples_within_budget(state.max_steps, batch, self._trace_passes(state))
-        if PartialState().distributed_type == DistributedType.FSDP:  # every process must run as many forward passes
+        if is_fsdp():  # every process must run as many forward passes
             examples = max(examples // args.world_size, 1) * args.world_size
         return TraceProbe(
             model,
@@ -300,83 +300,3 @@ class ScheduledUnfreezing(TrainerCallback, ExportableState):
                 f"than one interval; the paper's schedules end well before the run does: {fix} or less",
                 stacklevel=2,
             )
-
-
-def _check_distributed(args, model) -> None:
-    """Set-ups in which layers that open later would silently not train, or drift apart between processes."""
-    kind = PartialState().distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        raise SetupError(
-            "scheduled unfreezing has not been tested under DeepSpeed, which fixes its parameters at the start",
-            found="DeepSpeed",
-            allowed="one device, DDP, FSDP2",
-        )
-    if kind == DistributedType.FSDP:
-        plugin = AcceleratorState().fsdp_plugin
-        if plugin.fsdp_version == 1 and not plugin.use_orig_params:
-            raise SetupError(
-                "FSDP1 flattens layers together, so they cannot be frozen one by one",
-                found="fsdp_version=1, use_orig_params=False",
-                fix='fsdp_config={"fsdp_version": 2} or {"use_orig_params": True}',
-            )
-    if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
-        found = args.ddp_find_unused_parameters
-        checkpointing = _checkpointing(args, model)
-        if found is False or (found is None and isinstance(model, PreTrainedModel) and checkpointing):
-            raise SetupError(
-                "DDP waits for the gradients of frozen layers unless it looks for unused parameters",
-                found=f"ddp_find_unused_parameters={found}"
-                + (" with activation checkpointing" if checkpointing else ""),
-                fix="TrainingArguments(ddp_find_unused_parameters=True, "
-                "activation_checkpointing_kwargs={'use_reentrant': False})",
-            )
-        if getattr(args, "ddp_static_graph", None):
-            raise SetupError(
-                "DDP's static graph cannot follow layers that open during the run",
-                found="ddp_static_graph=True",
-                fix="ddp_static_graph=False",
-            )
-
-
-def _checkpointing(args, model) -> bool:
-    """transformers calls it activation checkpointing from 5.23 on, gradient checkpointing before."""
-    said = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
-    return bool(said or getattr(model, "is_activation_checkpointing", False))
-
-
-def _check_traceable() -> None:
-    kind = PartialState().distributed_type
-    flattened = kind == DistributedType.FSDP and AcceleratorState().fsdp_plugin.fsdp_version == 1
-    if flattened or kind == DistributedType.DEEPSPEED:
-        raise SetupError(
-            "the Fisher trace has not been tested under this way of sharding a model over devices",
-            found="fsdp_version=1" if flattened else kind.value,
-            allowed="one device, DDP, FSDP2",
-            fix='fsdp_config={"fsdp_version": 2}, or a schedule that needs no trace (gradual) without record_trace',
-        )
-
-
-def _without_input_gradients(model) -> list[PreTrainedModel]:
-    """Stops backward passes that go down to the embeddings below frozen layers, where that changes no gradient.
-
-    Activation checkpointing makes the embeddings' output require gradients, which its reentrant kind needs and the
-    other one does not.
-    """
-    found = [m for m in model.modules() if getattr(m, "_require_grads_hook", None) is not None]
-    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    reentrant = [m for m in checkpointing if m._gradient_checkpointing_func.keywords.get("use_reentrant") is not False]
-    if found and (reentrant or not checkpointing):
-        warnings.warn(
-            "the model passes gradients down to its input embeddings (enable_input_require_grads), so frozen layers "
-            "save no time: "
-            + (
-                "use activation_checkpointing_kwargs={'use_reentrant': False}, which needs no such gradients"
-                if checkpointing
-                else "call disable_input_require_grads() on it if nothing below the adapters is to train"
-            ),
-            stacklevel=2,
-        )
-        return []
-    for module in found:
-        module.disable_input_require_grads()
-    return found

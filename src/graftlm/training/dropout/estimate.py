@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def estimate_scores(
         settled = Settled(run.examples, run.tokens, run.loss, error, early)
         bar.set_postfix_str("")
         if progress:
-            tqdm.write(str(settled))
+            tqdm.write(str(settled), file=sys.stderr)
     values = np.concatenate(rows)
     return _scores(values, parameters), task, settled
 
