@@ -35,11 +35,11 @@ def test_each_prediction_is_that_of_its_own_item(tmp_path, sampling):
     rows = [row for row in rows if row["language"] == "deu"]
     assert [row["id"] for row in rows] == list(texts)
     first = [row["scores"][0] for row in rows]
-    assert max(first) - min(first) > 0.01, "else the order could not be seen"
+    assert max(first) - min(first) > 0.003, "else the order could not be seen"
     for row in rows:
         with torch.no_grad():
             alone = model(**tokenizer(texts[row["id"]], return_tensors="pt")).logits.softmax(-1)[0]
-        assert row["scores"] == pytest.approx(alone.tolist(), abs=1e-4)
+        assert row["scores"] == pytest.approx(alone.tolist(), abs=2e-5)
     assert evaluate(recipe.folder, progress=False).scores == result.scores
     # the dev score that the checkpoint was chosen by is in order too
     dev = evaluate(recipe.folder, {"eng": str(folder / "dev.jsonl")}, progress=False)
