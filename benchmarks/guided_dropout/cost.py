@@ -1,6 +1,6 @@
 """The estimate of guided dropout against a loop over single texts: equal numbers, and how much faster.
 
-    python cost.py [--texts 48] [--rounds 5] [--device cpu]
+    python cost.py [--texts 48] [--rounds 5] [--tokens 32 64 128] [--device cpu]
 
 Both in one process, taking turns, so that whatever else the machine does falls on both. Random weights and random
 tokens: neither the cost nor the agreement depends on them.
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     arguments = parser.parse_args()
     print("| model | tokens a text | faster (median of rounds) | lowest to highest | largest relative difference |")
@@ -83,7 +84,7 @@ def main() -> None:
         names = dict(sites.backbone.named_parameters())
         used = dict.fromkeys(name for block in (*sites.blocks, *sites.modules) for name in block.tensors)
         parameters = {name: names[name] for name in used}
-        for tokens in (32, 64, 128):
+        for tokens in arguments.tokens:
             parts = batches(arguments.texts, tokens, arguments.batch_size, model.config.vocab_size, arguments.device)
             ratios, differences = [], []
             for _ in range(arguments.rounds + 1):

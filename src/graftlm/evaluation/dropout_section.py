@@ -91,7 +91,7 @@ def rates_picture(rows: list[dict[str, Any]]) -> Callable[[bool], Figure]:
         head = 24 + 20 * -(-len(kinds) // columns)
         total = height + head
         figure = Figure(figsize=(width / 72, total / 72))
-        axes = figure.add_axes((56 / width, 50 / total, 1 - 72 / width, 1 - (50 + head) / total))
+        axes = figure.add_axes((66 / width, 50 / total, 1 - 82 / width, 1 - (50 + head) / total))
         for (kind, rates), (colour, style) in zip(kinds.items(), _LOOKS * 4, strict=False):
             axes.plot(
                 range(len(rates)),
@@ -124,12 +124,13 @@ def landscape_picture(values: dict[str, Any]) -> Callable[[bool], Figure]:
     axis = np.array(values["axis"])
     surfaces = {name: np.array(values["losses"][name]) for name in _SURFACES}
     low, high = min(s.min() for s in surfaces.values()), max(s.max() for s in surfaces.values())
-    norm = Normalize(low, high if high > low else low + 1)
+    high = high if high > low else low + 1
+    norm = Normalize(low, high)
 
     def draw(narrow: bool) -> Figure:
         width, side = 360 if narrow else 720, 190
         rows = len(surfaces) if narrow else 1
-        total = 60 + rows * (side + 46)
+        total = 76 + rows * (side + 46)
         figure = Figure(figsize=(width / 72, total / 72))
         for number, (name, losses) in enumerate(surfaces.items()):
             left, bottom = (
@@ -147,7 +148,7 @@ def landscape_picture(values: dict[str, Any]) -> Callable[[bool], Figure]:
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_locator(MaxNLocator(3))
         place = figure.add_axes((44 / width, 1 - 34 / total, 190 / width, 10 / total))
-        place.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap="viridis", extent=(norm.vmin, norm.vmax, 0, 1))
+        place.imshow(np.linspace(0, 1, 64)[None], aspect="auto", cmap="viridis", extent=(low, high, 0, 1))
         place.set_yticks([])
         place.xaxis.set_major_locator(MaxNLocator(4))
         figure.text(44 / width, 1 - 16 / total, "pretraining loss, nats", color=MUTED, fontsize=12, va="bottom")

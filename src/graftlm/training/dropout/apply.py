@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ def _in_kernel(site: Site) -> bool:
     return site.watch is site.owner
 
 
-def _put(site: Site, value: object) -> None:
+def _put(site: Site, value: Any) -> None:
     if isinstance(site.owner, nn.ModuleDict):
         site.owner[site.name] = value
     else:
@@ -179,7 +180,7 @@ def _measure(backbone: nn.Module, blocks: Sequence[Block], noise: str) -> dict[s
     return watcher.rates()
 
 
-def _made_up_batch(backbone: nn.Module) -> dict[str, Tensor]:
+def _made_up_batch(backbone: Any) -> dict[str, Tensor]:
     config = backbone.config.get_text_config()
     tokens = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
     device = next(backbone.parameters()).device
@@ -189,7 +190,7 @@ def _made_up_batch(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _visible_attention(backbone: nn.Module):
+def _visible_attention(backbone: Any):
     """Flash attention's mask cannot be seen; the rate reaches it through the same argument as eager attention's."""
     before = backbone.config._attn_implementation
     hidden = before not in _SEEN_THROUGH and not before.startswith("graftlm")
@@ -214,7 +215,8 @@ class _Watcher(TorchFunctionMode):
             self._paths[site.watch if _in_kernel(site) else value] = site.path
             if _in_kernel(site):
                 self._paths.pop(value, None)  # where it is called as a module, it is the attention's
-        self._sums = {site.path: [0.0, 0] for site in sites}
+        self._sums: dict[str, float] = dict.fromkeys((site.path for site in sites), 0.0)
+        self._counts = dict.fromkeys(self._sums, 0)
         self._gaussian = gaussian
         self._running: list[str] = []
         self._handles: list = []
@@ -235,8 +237,8 @@ class _Watcher(TorchFunctionMode):
 
     def rates(self) -> dict[str, tuple[float | None, int]]:
         found: dict[str, tuple[float | None, int]] = {}
-        for path, (total, count) in self._sums.items():
-            share = total / count if count else None
+        for path, count in self._counts.items():
+            share = self._sums[path] / count if count else None
             found[path] = (share / (1 + share) if self._gaussian and share is not None else share, count)
         return found
 
@@ -260,13 +262,13 @@ class _Watcher(TorchFunctionMode):
         self._count(function(**given | {"dropout_p": 0.0}), function(**given))
 
     def _count(self, x: Tensor, y: Tensor) -> None:
-        sums = self._sums[self._running[-1]]
+        path = self._running[-1]
         there = x != 0
         if self._gaussian:
-            sums[0] += float((y[there] / x[there] - 1).double().square().sum())
+            self._sums[path] += float((y[there] / x[there] - 1).double().square().sum())
         else:
-            sums[0] += int((there & (y == 0)).sum())
-        sums[1] += int(there.sum())
+            self._sums[path] += int((there & (y == 0)).sum())
+        self._counts[path] += int(there.sum())
 
 
 def _compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,7 @@ def estimate_scores(
 
     rows: list[np.ndarray] = []
     error, early, check_at = math.inf, False, _FEWEST
-    total = max_examples or (len(texts) if hasattr(texts, "__len__") else None)
+    total = max_examples or (len(texts) if isinstance(texts, Sized) else None)
     stream = batches(texts, tokenizer, task, batch_size=batch_size, max_length=max_length, seed=seed)
     with (
         undisturbed(model, {"measured": list(parameters.values())}),

@@ -40,7 +40,7 @@ class Fingerprint:
     weights: Mapping[str, float]
 
     @classmethod
-    def of(cls, backbone: nn.Module, tensors: Iterable[str]) -> Fingerprint:
+    def of(cls, backbone: Any, tensors: Iterable[str]) -> Fingerprint:
         """Of the named tensors; names start at the backbone."""
         parameters = _parameters(backbone)
         chosen = {name: parameters[name] for name in tensors}
@@ -95,7 +95,7 @@ class Fingerprint:
             )
 
 
-def _config(backbone: nn.Module) -> dict[str, str | int]:
+def _config(backbone: Any) -> dict[str, str | int]:
     config = backbone.config
     values = {key: getattr(config, key, None) for key in _SIZES}
     return {key: value for key, value in values.items() if isinstance(value, str | int)}

@@ -268,7 +268,8 @@ class GuidedDropout:
                 raise DataError("not a file of dropout rates", found=values.get("schema"), allowed=SCHEMA)
             return cls(
                 {name: TensorScore(*score) for name, score in values["tensors"].items()},
-                *(tuple(Block(n, k, tuple(t)) for n, k, t in values[part]) for part in ("blocks", "modules")),
+                _blocks(values["blocks"]),
+                _blocks(values["modules"]),
                 Fingerprint.from_dict(values["model"]),
                 values["task"],
                 Settled(**values["settled"]),
@@ -277,6 +278,10 @@ class GuidedDropout:
             )
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"dropout rates cannot be read: {error}", found=path) from error
+
+
+def _blocks(rows: list[list[Any]]) -> tuple[Block, ...]:
+    return tuple(Block(name, kind, tuple(tensors)) for name, kind, tensors in rows)
 
 
 def _check_same_blocks(measured: tuple[Block, ...], found: list[Block]) -> None:

@@ -62,7 +62,7 @@ def fresh_parameters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
 
 
-def check_head(model: nn.Module, loss: float, targets: Counter[int], text: Counter[int]) -> None:
+def check_head(model: Any, loss: float, targets: Counter[int], text: Counter[int]) -> None:
     """A pretrained head predicts better than word frequencies do; a random one is no better than chance.
 
     Args:

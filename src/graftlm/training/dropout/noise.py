@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
         return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-def use_gaussian_attention(model: nn.Module) -> None:
+def use_gaussian_attention(model: Any) -> None:
     """Switches a transformers model to attention with Gaussian noise on its probabilities."""
     if model.config._attn_implementation != ATTENTION:
         before = model.config._attn_implementation
@@ -73,7 +74,7 @@ def use_gaussian_attention(model: nn.Module) -> None:
         model._graftlm_attention_before = before
 
 
-def use_usual_attention(model: nn.Module) -> None:
+def use_usual_attention(model: Any) -> None:
     """Takes `use_gaussian_attention` back."""
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation(getattr(model, "_graftlm_attention_before", "eager"))

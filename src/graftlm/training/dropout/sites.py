@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -37,7 +38,7 @@ class Site:
     watch: nn.Module = field(repr=False)
 
     @property
-    def value(self) -> object:
+    def value(self) -> Any:
         """A dropout module, an `nn.Identity` in place of one, or a number."""
         return self.owner[self.name] if isinstance(self.owner, nn.ModuleDict) else getattr(self.owner, self.name)
 
@@ -166,7 +167,7 @@ class Sites:
         without_dropout: whether models of this family ship with no dropout to guide.
     """
 
-    backbone: nn.Module = field(repr=False)
+    backbone: Any = field(repr=False)
     blocks: tuple[Block, ...]
     modules: tuple[Block, ...]
     without_dropout: bool
@@ -203,7 +204,7 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(backbone, tuple(blocks), modules, all(layout.without_dropout for layout in layouts.values()))
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
+def backbone_of(model: nn.Module) -> Any:
     """The transformers model inside all wrappers, without its head."""
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
@@ -252,8 +253,8 @@ def _existing(module: nn.Module, paths: tuple[str, ...]) -> list[str]:
     return [path for path in paths if _get(module, path) is not None]
 
 
-def _get(module: nn.Module, path: str) -> object | None:
-    found: object = module
+def _get(module: nn.Module, path: str) -> Any:
+    found: Any = module
     for part in path.split("."):
         found = getattr(found, part, None)
         if found is None:
@@ -297,7 +298,7 @@ def _tensors(backbone: nn.Module, modules: list[str], names: dict[int, str]) -> 
 def _in_adapter(backbone: nn.Module, path: str) -> bool:
     """Whether a parameter was added by PEFT: it lies in a module that holds a `base_layer`, but not in that."""
     parts = path.split(".")
-    module: nn.Module = backbone
+    module: Any = backbone
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         module = getattr(module, part, None)
         if not isinstance(module, nn.Module):
