@@ -204,6 +204,8 @@ def main() -> None:
         study = replace(load_study(given.work / given.study, given.overrides), root=given.work / "studies")
         execute(study, Shard.parse(given.shard), after=lambda run: append(study, run, rows))
         collect(study, rows)
+    if not rows.is_file():
+        sys.exit(f"there are no rows yet in {rows}; give --data PATH/sib200_topic to make them")
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     print(summary(found))
 
