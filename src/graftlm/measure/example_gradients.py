@@ -125,9 +125,7 @@ class ExampleGradients:
             norms = {"weight": _linear_norms(x, g)}
             return norms | {"bias": g.sum(1).square().sum(-1)} if module.bias is not None else norms
         if isinstance(module, nn.Embedding):
-            ids, g = (
-                _joined(parts) for parts in zip(*(self._lookup(module, x, g) for x, g in calls), strict=True)
-            )
+            ids, g = (_joined(parts) for parts in zip(*(self._lookup(module, x, g) for x, g in calls), strict=True))
             return {"weight": _lookup_norms(ids, g)}
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
             x, g = (_joined([self._by_example(pair[i]) for pair in calls]) for i in (0, 1))
