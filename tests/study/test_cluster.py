@@ -22,7 +22,7 @@ from graftlm.study.plan import Study
 def kill_the_first_worker_in_the_middle(study: Study, killed: list[int]) -> None:
     """Waits until a run has written a checkpoint, then kills the process that does it."""
     claims = Claims(study.folder / "claims")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         for run in study.scored():
             name = study.run_name(run)

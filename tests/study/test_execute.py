@@ -124,7 +124,7 @@ def test_two_processes_divide_the_runs_and_a_killed_one_loses_nothing(folder, tm
     study = study_in(folder, tmp_path, seeds=3)
     first, second = command(folder, tmp_path), command(folder, tmp_path)
     claims = study.folder / "claims"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list(claims.glob("*.1"))) < 2:  # both are in the middle of a run
         assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
         time.sleep(0.05)

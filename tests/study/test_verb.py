@@ -20,7 +20,7 @@ VARY = ("--vary", "unfreezing.schedule=standard,gradual")
 
 def graftlm(folder, *arguments):
     command = [sys.executable, "-m", "graftlm", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def test_lines_while_it_runs_and_tables_at_the_end(made):
