@@ -58,7 +58,7 @@ def write_card(folder: str | Path) -> Path:
         f"## Scores\n\n{result.table()}",
         _limits(result),
         _licences(result.licences),
-        "Made with [graftlm](https://pypi.org/project/graftlm/): "
+        "Made with graftlm: "
         + ", ".join(markdown_text(f"{package} {version}") for package, version in result.versions.items())
         + ". The picture of the run is in `report.html`, the numbers for a program are in `result.json`,"
         " the recipe is in `recipe.yaml`.",
