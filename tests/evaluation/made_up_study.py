@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from evaluation.made_up_run import made_up_result, made_up_unfreezing
 
-from graftlm.evaluation.comparison import Comparison, Tuned, VariantRuns, compare_runs
+from graftlm.evaluation.compare_runs import VariantRuns, compare_runs
+from graftlm.evaluation.comparison import Comparison, Tuned
 from graftlm.evaluation.result import Interval, Score
 
 LANGUAGES = {"eng": 0.78, "deu": 0.64, "fra": 0.67, "spa": 0.66, "por": 0.62, "ces": 0.57}

@@ -10,7 +10,8 @@ from evaluation.made_up_study import made_up_comparison, write_run
 from sklearn.metrics import f1_score
 
 from graftlm.errors import DataError
-from graftlm.evaluation.comparison import MEAN, Comparison, VariantRuns, compare_runs
+from graftlm.evaluation.compare_runs import VariantRuns, compare_runs
+from graftlm.evaluation.comparison import MEAN, Comparison
 from graftlm.evaluation.comparison_report import write_comparison_report
 from graftlm.evaluation.comparison_table import markdown, notes, scores_table, summary, tables
 from graftlm.evaluation.record import schema_rows, update_document

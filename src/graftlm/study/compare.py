@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from graftlm.errors import DataError
-from graftlm.evaluation.comparison import Comparison, Tuned, VariantRuns, compare_runs
+from graftlm.evaluation.compare_runs import VariantRuns, compare_runs
+from graftlm.evaluation.comparison import Comparison, Tuned
 from graftlm.evaluation.comparison_report import write_comparison_report
 from graftlm.evaluation.comparison_table import markdown
 from graftlm.evaluation.record import write_text
