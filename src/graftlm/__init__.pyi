@@ -12,6 +12,7 @@ from .evaluation.result import Result as Result
 from .folder import load as load
 from .measure.fisher import FisherTrace as FisherTrace
 from .measure.fisher import fisher_trace as fisher_trace
+from .measure.logme import logme as logme
 from .measure.statistics import holm as holm
 from .measure.statistics import noise_floor as noise_floor
 from .measure.statistics import paired_bootstrap as paired_bootstrap

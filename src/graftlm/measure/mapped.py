@@ -1,0 +1,156 @@
+"""The evidence of many linear maps of the same features, each at a cost that does not depend on the number of rows."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float
+from scipy.linalg import blas, block_diag
+
+from graftlm.errors import SetupError
+from graftlm.measure.evidence import Evidence, by_svd
+from graftlm.measure.tridiagonal import Shifted, maximised, tridiagonal
+
+PRECISIONS = ("float64", "float32")
+# Digits that may be lost, in units of the machine epsilon; beyond it the next better form is taken. The error of a
+# score is far below the bound: 1e6 · 2e-16 stands for about 1e-11, 2e4 · 6e-8 for about 1e-5.
+_LIMIT = {"float64": 1e6, "float32": 2e4}
+
+
+class MappedEvidence:
+    r"""Scores :math:`F = XW^\top + 1b^\top` for one X and many W, b.
+
+    X is centred once, :math:`X_0 = X - 1\bar x^\top`, and factored once: :math:`X_0 = QL^\top`. Then
+    :math:`F^\top F = BB^\top + n\,\mu\mu^\top` with :math:`B = WL,\ \mu = W\bar x + b`; where n ≤ d,
+    :math:`FF^\top = F_0F_0^\top + 1g^\top + g1^\top + \lVert\mu\rVert^2 11^\top` with :math:`F_0 = X_0W^\top`,
+    :math:`g = F_0\mu`. A map :math:`I + UV^\top` of rank r leaves the eigenvectors of :math:`X_0^\top X_0` (or of
+    :math:`X_0X_0^\top`) in use and adds an update of rank 2r.
+
+    Args:
+        features: X.
+        targets: one column a target, none of them all zero.
+        precision: of the O(d³) work: ``float64``, or ``float32`` at about half the time. What comes after it, the means
+            included, is in float64 in both. Where a form would lose too many digits, the next better one is taken:
+            float32, float64, the singular values.
+    """
+
+    def __init__(
+        self,
+        features: Float[np.ndarray, "n d"],
+        targets: Float[np.ndarray, "n targets"],
+        precision: str = "float64",
+    ):
+        if precision not in PRECISIONS:
+            raise SetupError("unknown precision", found=repr(precision), allowed=PRECISIONS)
+        self.rows, self.width = features.shape
+        self.precision, self._targets = precision, targets
+        self.mean = features.mean(axis=0, dtype=np.float64)
+        self._centred = features - self.mean
+        self._squares = (targets**2).sum(axis=0)
+        self._sums = targets.sum(axis=0)
+        self._dual = self.rows <= self.width
+        self._moments = self._centred.T @ targets  # X₀ᵀY
+        self.fallbacks = 0  # maps that were scored by a slower form than asked for
+
+    @cached_property
+    def _factor(self) -> Float[np.ndarray, "d d"]:
+        return np.asfortranarray(np.transpose(np.linalg.qr(self._centred, mode="r")))
+
+    @cached_property
+    def _single_factor(self) -> Float[np.ndarray, "rows d"]:
+        return (self._centred if self._dual else self._factor).astype(np.float32, order="F")
+
+    @cached_property
+    def _eigen(self) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "m m"]]:
+        values, vectors = np.linalg.eigh(
+            self._centred @ self._centred.T if self._dual else self._centred.T @ self._centred
+        )
+        return np.maximum(values, 0.0), vectors
+
+    def identity(self) -> Evidence:
+        """The evidence of the features as they are."""
+        return self._checked(self._low_rank(None, None, np.zeros(self.width)), self._unmapped)
+
+    def linear(self, weight: Float[np.ndarray, "out d"], bias: Float[np.ndarray, " out"]) -> Evidence:
+        """The evidence of XWᵀ + 1bᵀ."""
+        found = self._linear(weight, bias, self.precision)
+        if self.precision == "float32" and found.lost > _LIMIT["float32"]:
+            self.fallbacks += 1
+            found = self._linear(weight, bias, "float64")
+        return self._checked(found, lambda: (self._unmapped() @ weight.T.astype(float)) + bias)
+
+    def low_rank(
+        self,
+        up: Float[np.ndarray, "d r"],
+        down: Float[np.ndarray, "d r"],
+        bias: Float[np.ndarray, " d"],
+        *,
+        identity: bool,
+    ) -> Evidence:
+        """The evidence of X(I + UVᵀ)ᵀ + 1bᵀ, or of X(UVᵀ)ᵀ + 1bᵀ."""
+        up, down, bias = up.astype(float), down.astype(float), bias.astype(float)
+        if not identity:
+            # the features lie in r + 1 directions, and so do their singular values
+            inside = np.transpose(np.linalg.qr(np.column_stack([up, up @ (down.T @ self.mean) + bias]), mode="r"))
+            return by_svd(np.column_stack([self._centred @ down, np.ones(self.rows)]) @ inside, self._targets)
+        mapped = self._low_rank(up, down, bias)
+        return self._checked(mapped, lambda: self._unmapped() + (self._unmapped() @ down) @ up.T + bias)
+
+    def _unmapped(self) -> Float[np.ndarray, "n d"]:
+        return self._centred + self.mean
+
+    def _checked(self, found: Evidence, features) -> Evidence:
+        if found.lost <= _LIMIT["float64" if self.precision == "float64" else "float32"]:
+            return found
+        self.fallbacks += 1
+        return by_svd(features(), self._targets)
+
+    def _linear(self, weight: np.ndarray, bias: np.ndarray, precision: str) -> Evidence:
+        dtype = np.dtype(precision)
+        exact, same = weight.astype(float), weight.astype(dtype, order="C")
+        mean = exact @ self.mean + bias
+        if self._dual:
+            base = self._single_factor if precision == "float32" else self._centred
+            mapped = base @ same.T
+            ones = np.ones(self.rows)
+            sides = np.column_stack([self._targets, ones, self._centred @ (exact.T @ mean)])
+            core = np.array([[mean @ mean, 1.0], [1.0, 0.0]])
+        else:
+            base = self._single_factor if precision == "float32" else self._factor
+            multiply = blas.strmm if precision == "float32" else blas.dtrmm
+            mapped = multiply(1.0, base, same.T, side=0, lower=1, trans_a=1).T  # WL, as (LᵀWᵀ)ᵀ
+            sides = np.column_stack([exact @ self._moments + np.outer(mean, self._sums), mean])
+            core = np.array([[float(self.rows)]])
+        diagonal, beside, rotated = tridiagonal(mapped @ mapped.T, sides)
+        return self._maximised(diagonal, beside, rotated, core)
+
+    def _low_rank(self, up: np.ndarray | None, down: np.ndarray | None, bias: np.ndarray) -> Evidence:
+        values, vectors = self._eigen
+        if up is None or down is None:
+            up = down = np.zeros((self.width, 0))
+        eye, none = np.eye(up.shape[1]), np.zeros((up.shape[1], up.shape[1]))
+        mean = self.mean + up @ (down.T @ self.mean) + bias
+        if self._dual:
+            changed = self._centred @ down
+            mapped_mean = self._centred @ mean + changed @ (up.T @ mean)
+            update = np.column_stack([self._centred @ up, changed, np.ones(self.rows), mapped_mean])
+            core = block_diag(np.block([[none, eye], [eye, up.T @ up]]), [[mean @ mean, 1.0], [1.0, 0.0]])
+            sides = vectors.T @ np.column_stack([self._targets, update])
+        else:
+            rotated = vectors.T @ np.column_stack([up, down, mean, self._moments])
+            rank = up.shape[1]
+            turned_up, turned_down = rotated[:, :rank], rotated[:, rank : 2 * rank]
+            turned_mean, moments = rotated[:, 2 * rank : 2 * rank + 1], rotated[:, 2 * rank + 1 :]
+            scaled = values[:, None] * turned_down
+            columns = moments + turned_up @ (down.T @ self._moments) + turned_mean * self._sums
+            core = block_diag(np.block([[turned_down.T @ scaled, eye], [eye, none]]), [[float(self.rows)]])
+            sides = np.column_stack([columns, turned_up, scaled, turned_mean])
+        return self._maximised(values, None, sides, core)
+
+    def _maximised(
+        self, diagonal: np.ndarray, beside: np.ndarray | None, sides: np.ndarray, core: np.ndarray
+    ) -> Evidence:
+        count = self._targets.shape[1]
+        shifted = Shifted(diagonal, beside, sides[:, :count], sides[:, count:], core)
+        return maximised(shifted, self._squares, self.rows, dual=self._dual)
