@@ -1,3 +1,4 @@
+from .adapters.bottleneck import BottleneckConfig as BottleneckConfig
 from .architectures import Architecture as Architecture
 from .architectures import describe as describe
 from .errors import DataError as DataError
@@ -19,6 +20,7 @@ from .measure.statistics import paired_bootstrap as paired_bootstrap
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .run import run_recipe as run_recipe
+from .sources.esm import EmbeddingSpaceMap as EmbeddingSpaceMap
 from .study.compare import compare as compare
 from .study.plan import Study as Study
 from .study.plan import load_study as load_study
