@@ -69,10 +69,10 @@ wheel: $(VENV)/.dev
 
 bench: $(VENV)/.test
 ifeq ($(BENCH),)
-	@echo 'Benchmarks; each README says what is measured and how long it takes. make bench BENCH=name runs one.'
+	@echo 'Benchmarks; each README says what is measured and how long it takes. make bench BENCH=name BENCH_ARGS=... runs one.'
 	@for folder in benchmarks/*/; do echo "  $$(basename $$folder)"; done
 else
-	$(BIN)/python benchmarks/$(BENCH)/run.py
+	$(BIN)/python benchmarks/$(BENCH)/run.py $(BENCH_ARGS)
 endif
 
 clean:

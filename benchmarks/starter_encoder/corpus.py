@@ -14,7 +14,8 @@ from graftlm.evaluation.leakage import EvaluationIndex
 LANGUAGES = ("deu", "fra", "spa", "por", "ces")
 RELATED = ("cat", "nld", "pol", "ron", "slk")
 NOVELS = ("eng", "deu", "fra", "por", "ces")
-NOVEL_PASSAGES = 16_000
+NOVEL_PASSAGES, NOVEL_SENTENCES = 16_000, 20_000
+QUESTIONS = "classification_en/query_wellformed/train.jsonl.gz"
 TEXT_FIELDS = {
     "text",
     "text_b",
@@ -31,10 +32,14 @@ TEXT_FIELDS |= {"context", "question", "headline", "subject", "eng", "deu", "fra
 
 @dataclass
 class Corpus:
-    """`pairs`: (source, language, English, text in that language). `passages`: (language, text of a novel)."""
+    """`pairs`: (source, language, English, text in that language). `passages`: (language, text of a novel).
+
+    `english`: questions and single sentences of the novels, without a translation.
+    """
 
     pairs: list[tuple[str, str, str, str]] = field(default_factory=list)
     passages: list[tuple[str, str]] = field(default_factory=list)
+    english: list[str] = field(default_factory=list)
     kept: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
 
@@ -45,6 +50,7 @@ class Corpus:
             yield other
         for _, text in self.passages:
             yield text
+        yield from self.english
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -79,10 +85,13 @@ def evaluation_texts(data: Path) -> Iterator[str]:
                 yield row["eng"]
 
 
+SENTENCE_END = r"(?<=[.!?…»”\"])\s+"
+
+
 def split_passages(text: str, rng: random.Random) -> Iterator[str]:
     """Cut a page of a novel at sentence ends into passages of 60 to 800 characters, short ones more often."""
     passage, goal = "", rng.uniform(4.1, 6.7)
-    for sentence in re.split(r"(?<=[.!?…»”\"])\s+|\n", text):
+    for sentence in re.split(SENTENCE_END + r"|\n", text):
         passage = f"{passage} {sentence}".strip()
         if len(passage) >= 2.718**goal:
             yield passage[:1000]
@@ -115,6 +124,21 @@ def candidate_passages(data: Path, rng: random.Random) -> Iterator[tuple[str, st
         yield from ((language, passage) for passage in passages[:NOVEL_PASSAGES])
 
 
+def candidate_english(data: Path, passages: list[tuple[str, str]], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield (source, text): web questions without their labels, and short sentences of the English novels."""
+    for row in read_rows(data / QUESTIONS):
+        yield "questions", row["text"]
+    sentences = [
+        sentence
+        for language, passage in passages
+        if language == "eng"
+        for sentence in re.split(SENTENCE_END, passage)
+        if 30 <= len(sentence) <= 200
+    ]
+    rng.shuffle(sentences)
+    yield from (("novel sentences", sentence) for sentence in sentences[:NOVEL_SENTENCES])
+
+
 def select_corpus(data: Path, seed: int = 0) -> Corpus:
     """Choose the training text; a pair or passage is dropped when any of its texts overlaps an evaluation split."""
     index = EvaluationIndex()
@@ -131,4 +155,9 @@ def select_corpus(data: Path, seed: int = 0) -> Corpus:
         (corpus.dropped if overlaps else corpus.kept)[f"novels {language}"] += 1
         if not overlaps:
             corpus.passages.append((language, text))
+    for source, text in candidate_english(data, corpus.passages, random.Random(seed)):
+        overlaps = index.match(text)
+        (corpus.dropped if overlaps else corpus.kept)[f"{source} eng"] += 1
+        if not overlaps:
+            corpus.english.append(text)
     return corpus

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -15,18 +16,25 @@ TEACHER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 TEACHER_WIDTH = 384
 
 
-def build_student(tokenizer: PreTrainedTokenizerFast, layers: int = 12, width: int = 192) -> BertForPreTraining:
-    """Return a deep, narrow BERT with pooler and masked-LM head.
+CONTEXT_LAYERS, CONTEXT = 4, 0.5
+
+
+def build_student(
+    tokenizer: PreTrainedTokenizerFast, layers: int = 12, width: int = 160, feed_forward: int = 480
+) -> BertForPreTraining:
+    """Return a deep, narrow BERT with pooler and masked-LM head that starts as a mean over token vectors.
 
     The last projection of each residual branch starts smaller by √(2·layers): with LayerNorm after the residual sum,
-    twelve layers then start near the identity, and the lower ones get a gradient from the first step on.
+    twelve layers then start near the identity, and the lower ones get a gradient from the first step on. In the last
+    four layers attention adds half the mean of the sentence to each token, and the pooler starts as tanh(x / 2): what
+    the word vectors know reaches the pooler's output before the first step.
     """
     config = BertConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
+        num_attention_heads=width // 32,
+        intermediate_size=feed_forward,
         max_position_embeddings=tokenizer.model_max_length,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
@@ -40,6 +48,11 @@ def build_student(tokenizer: PreTrainedTokenizerFast, layers: int = 12, width: i
                 parameter.mul_(2.0)
             if name.endswith("output.dense.weight"):
                 parameter.div_((2 * layers) ** 0.5)
+        for layer in model.bert.encoder.layer[-CONTEXT_LAYERS:]:
+            rotation = nn.init.orthogonal_(torch.empty(width, width))
+            layer.attention.self.value.weight.copy_(rotation)
+            layer.attention.output.dense.weight.copy_(CONTEXT * rotation.T)
+        model.bert.pooler.dense.weight.copy_(torch.eye(width) / 2)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -67,6 +80,8 @@ def export(model: BertForPreTraining, tokenizer: PreTrainedTokenizerFast, folder
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
+    compact = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(compact, ensure_ascii=False, separators=(",", ":")))
 
 
 class Teacher:
@@ -83,6 +98,11 @@ class Teacher:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).to(torch.bfloat16).eval()
         self.model.set_attn_implementation("eager")
+
+    def words(self) -> list[str]:
+        """Return the whole words of its vocabulary, lower case, three letters or more."""
+        vocabulary = self.tokenizer.get_vocab()
+        return sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2)
 
     @torch.inference_mode()
     def encode(self, texts: list[str], batch_size: int = 128) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 
 DRAWS = 4000
 T_FIVE = 2.776
+LANGUAGES = ("eng", "deu", "fra", "spa", "por", "ces", "dan")
 UNIGRAM = ("unigram_loss", "unigram_entropy")
 ARMS = {
     "majority": "majority class",
@@ -29,12 +30,15 @@ TRAINED = ("frozen, random weights", "random weights", "LoRA", "fine-tuned")
 Arm = np.ndarray
 
 
-def read(path: Path) -> list[dict]:
-    """Return the rows of the weights that were measured last."""
+def read(path: Path) -> dict[str, list[dict]]:
+    """Return the rows of each version of the weights, in the order of their first measurement."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    last = [row["weights"] for row in rows if row["weights"]][-1]
-    kept = (row for row in rows if row["weights"] in (last, None))
-    return list({(row["measure"], row["method"], row.get("language"), row["seed"]): row for row in kept}.values())
+    versions = {}
+    for weights in dict.fromkeys(row["weights"] for row in rows if row["weights"]):
+        kept = (row for row in rows if row["weights"] in (weights, None))
+        latest = {(row["measure"], row["method"], row.get("language"), row["seed"]): row for row in kept}
+        versions[weights] = list(latest.values())
+    return versions
 
 
 def hits(rows: list[dict], measure: str) -> dict[str, dict[str, Arm]]:
@@ -67,7 +71,7 @@ def cell(arm: Arm) -> str:
 
 def task_table(rows: list[dict], measure: str) -> None:
     arms = hits(rows, measure)
-    languages = list(arms["majority"])
+    languages = [language for language in LANGUAGES if language in arms["majority"]]
     print(f"\n| {measure} | " + " | ".join(languages) + " |\n|---|" + "---|" * len(languages))
     for method, name in ARMS.items():
         if set(languages) <= arms.get(method, {}).keys():
@@ -111,8 +115,21 @@ def retrieval_table(rows: list[dict]) -> None:
         print(f"| {language} | {arm.shape[1]} | {cell(arm)} | {cell(back['encoder'][language])} | {other:.3f} |")
 
 
+def versions_table(versions: dict[str, list[dict]]) -> None:
+    """What does not need five seeds, for every version of the weights: frozen vectors and retrieval."""
+    measures = (("sib200", "frozen"), ("messages", "frozen"), ("retrieval from eng", "encoder"))
+    print("\n| version | | " + " | ".join(LANGUAGES) + " |\n|---|---|" + "---|" * len(LANGUAGES))
+    for number, rows in enumerate(versions.values(), 1):
+        for measure, method in measures:
+            arms = hits(rows, measure).get(method, {})
+            if arms:
+                cells = (cell(arms[language]) if language in arms else "" for language in LANGUAGES)
+                print(f"| {number} | {measure}, {method} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
-    rows = read(Path(sys.argv[1]))
+    versions = read(Path(sys.argv[1]))
+    rows = list(versions.values())[-1]
     measures = {row["measure"] for row in rows}
     if any(measure.startswith("mlm") for measure in measures):
         masked_lm_table(rows)
@@ -121,6 +138,7 @@ def main() -> None:
     for measure in ("sib200", "messages"):
         if measure in measures:
             task_table(rows, measure)
+    versions_table(versions)
 
 
 if __name__ == "__main__":

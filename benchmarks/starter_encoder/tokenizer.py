@@ -1,5 +1,6 @@
 """Train the starter encoder's tokenizer: cased Unigram pieces, with bytes for whatever no piece covers."""
 
+import itertools
 import json
 import random
 from collections import defaultdict
@@ -22,20 +23,26 @@ ROUND_TRIP = [
 
 
 def balanced_sample(corpus: Corpus, characters: int = 1_500_000, seed: int = 0) -> list[str]:
-    """Return text with at most `characters` of each language, pairs before novels; related languages get a third."""
+    """Return text with `characters` of each language, pairs before novels; related languages get a fifth.
+
+    A language with less text than that is read up to three times, so that its words are not cut finer than the others'.
+    """
     rng = random.Random(seed)
     by_language: dict[str, list[str]] = defaultdict(list)
     for _, language, english, other in rng.sample(corpus.pairs, len(corpus.pairs)):
         by_language[language].append(other)
         by_language["eng"].append(english)
+    by_language["eng"] += corpus.english
+    rng.shuffle(by_language["eng"])
     for language in by_language:
         by_language[language] = list(dict.fromkeys(by_language[language]))
     for language, text in corpus.passages:
         by_language[language].append(text)
     sample = []
     for language, texts in by_language.items():
-        left = characters if language in ("eng", "deu", "fra", "spa", "por", "ces") else characters // 3
-        for text in texts:
+        left = characters if language in ("eng", "deu", "fra", "spa", "por", "ces") else characters // 5
+        left = min(left, 3 * sum(map(len, texts)))
+        for text in itertools.cycle(texts):
             if left <= 0:
                 break
             sample.append(text)
@@ -55,10 +62,11 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size - len(SPECIAL + BYTES), unk_token="[UNK]", show_progress=True
     )
     tokenizer.train_from_iterator(balanced_sample(corpus), trainer)
-    pieces = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"] if piece[0] != "[UNK]"]
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
+    pieces = [(piece, round(score, 3)) for piece, score in vocabulary if piece != "[UNK]"]
     lowest = min(score for _, score in pieces)
     tokenizer.model = models.Unigram(
-        [(token, 0.0) for token in SPECIAL] + [(token, lowest - 5.0) for token in BYTES] + pieces,
+        [(token, 0.0) for token in SPECIAL] + [(token, round(lowest - 5.0, 3)) for token in BYTES] + pieces,
         unk_id=SPECIAL.index("[UNK]"),
         byte_fallback=True,
     )

@@ -1,6 +1,6 @@
 """Measure the starter encoder: masked LM, sentence retrieval, and transfer of a task learnt from English alone.
 
-    python evaluate.py --data DATA --encoder ../../src/graftlm/starter/encoder --rows results.jsonl
+    python run.py --data DATA
 
 Each finished measurement is a line in ROWS, and is not repeated for the same weights. Tables: `python tables.py`.
 Regularisation is chosen on the English dev of the task; learning rates on that of the messages, for each arm from two.
@@ -33,11 +33,13 @@ from transformers import (
     AutoTokenizer,
 )
 
+HERE = Path(__file__).parent
+STARTER = HERE.parents[1] / "src/graftlm/starter"
 LANGUAGES = ("eng", "deu", "fra", "spa", "por", "ces", "dan")
 SEEDS = range(5)
 NGRAM_C, VECTOR_C = (1.0, 10.0, 100.0), (0.03, 0.3, 3.0)
 RATES = {"random weights": (2e-4, 8e-4), "fine-tuned": (2e-4, 5e-4), "LoRA": (1e-3, 3e-3)}
-WITHOUT_WEIGHTS = ("majority", "character n-grams", "random weights", "frozen, random weights")
+WITHOUT_WEIGHTS = ("majority", "character n-grams")
 EPOCHS = {"sib200": 6, "messages": 8}
 Texts = list[tuple[str, str]]
 
@@ -61,13 +63,13 @@ def load_sib200(data: Path) -> Task:
     return Task("sib200", read("eng", "train"), read("eng", "dev"), tests)
 
 
-def load_messages(folder: Path) -> Task | None:
+def load_messages(folder: Path) -> Task:
     def read(name: str) -> Texts:
         rows = map(json.loads, (folder / name).read_text(encoding="utf-8").splitlines())
         return [(row["text"], row["label"]) for row in sorted(rows, key=lambda row: str(row["id"]))]
 
     tests = {path.name.split(".")[1]: read(path.name) for path in sorted(folder.glob("test.*.jsonl"))}
-    return Task("messages", read("train.eng.jsonl"), read("dev.eng.jsonl"), tests) if tests else None
+    return Task("messages", read("train.eng.jsonl"), read("dev.eng.jsonl"), tests)
 
 
 class Rows:
@@ -311,9 +313,9 @@ def fine_tunings(rows: Rows, task: Task, tuned_on: Task, encoder: Path, methods:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data pack")
-    parser.add_argument("--encoder", type=Path, required=True, help="folder of the encoder")
-    parser.add_argument("--messages", type=Path, help="folder of the starter's messages")
-    parser.add_argument("--rows", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--encoder", type=Path, default=STARTER / "encoder", help="folder of the encoder")
+    parser.add_argument("--messages", type=Path, default=STARTER / "messages", help="folder of the starter's messages")
+    parser.add_argument("--rows", type=Path, default=HERE / "results.jsonl", help="JSON lines, appended to")
     parser.add_argument("--skip", nargs="*", default=[], choices=["mlm", "retrieval", "frozen", "fine-tuning"])
     parser.add_argument("--arms", nargs="*", default=list(RATES), choices=list(RATES), help="fine-tuning arms")
     parser.add_argument("--tasks", nargs="*", default=["sib200", "messages"], choices=["sib200", "messages"])
@@ -325,14 +327,14 @@ def main() -> None:
         measure_masked_lm(arguments.data, arguments.encoder, rows)
     if "retrieval" not in arguments.skip:
         measure_retrieval(arguments.data, arguments.encoder, rows)
-    tasks = [load_sib200(arguments.data), arguments.messages and load_messages(arguments.messages)]
-    chosen = [task for task in tasks if task and task.name in arguments.tasks]
+    tasks = [load_sib200(arguments.data), load_messages(arguments.messages)]
+    chosen = [task for task in tasks if task.name in arguments.tasks]
     for task in chosen:
         if "frozen" not in arguments.skip:
             regressions(rows, task, arguments.encoder)
     for task in chosen:
         if "fine-tuning" not in arguments.skip:
-            fine_tunings(rows, task, tasks[1] or task, arguments.encoder, arguments.arms)
+            fine_tunings(rows, task, tasks[1], arguments.encoder, arguments.arms)
 
 
 if __name__ == "__main__":
