@@ -11,6 +11,7 @@ from .evaluation.comparison import Comparison as Comparison
 from .evaluation.report import write_report as write_report
 from .evaluation.result import Result as Result
 from .folder import load as load
+from .harness import lm_eval_model as lm_eval_model
 from .measure.fisher import FisherTrace as FisherTrace
 from .measure.fisher import fisher_trace as fisher_trace
 from .measure.logme import logme as logme
@@ -21,6 +22,7 @@ from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .run import run_recipe as run_recipe
 from .sources.esm import EmbeddingSpaceMap as EmbeddingSpaceMap
+from .sources.pool import SourcePool as SourcePool
 from .study.compare import compare as compare
 from .study.plan import Study as Study
 from .study.plan import load_study as load_study

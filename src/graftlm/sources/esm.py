@@ -250,10 +250,10 @@ class EmbeddingSpaceMap:
                 tensors = {name.split(".")[-1]: file.get_tensor(key) for name, key in zip(names, given, strict=True)}
         except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
             raise DataError(f"{weights}: damaged, or no safetensors file of floats: {error}") from error
-        named = {field: config.get(key) for field, key in _NAMED.items()}
+        named: dict[str, Any] = {field: config.get(key) for field, key in _NAMED.items()}
         rest = {key: value for key, value in config.items() if key not in {*_NAMED.values(), "version"}}
         rest = {key: value for key, value in rest.items() if key not in ("esm_architecture", "esm_embedding_dim")}
-        found = cls(**named, identity=architecture == IDENTITY_LOW_RANK, details=rest, **tensors)
+        found = cls(identity=architecture == IDENTITY_LOW_RANK, details=rest, **named, **tensors)
         declared = config.get("esm_embedding_dim")
         if declared is not None and declared != found.width:
             raise DataError(f"{weights}: another width than config.json says", found=found.width, allowed=str(declared))
