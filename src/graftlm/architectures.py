@@ -115,6 +115,82 @@ def describe(model: nn.Module, layers: Sequence[str] | None = None) -> Architect
     )
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """Where the attention or the feed-forward part of a layer gives its output, before the residual sum.
+
+    Attributes:
+        name: path of the module in the model that was given to `sublayers`.
+        module: the module itself. It returns the output, or, where `adds`, it is called with the residual as its second
+            argument, adds that and norms the sum, as BERT's does.
+        layer: the layer it belongs to.
+        part: "attention" (self-attention) or "ffn".
+        adds: see `module`.
+        norm: the LayerNorm of the sum in a post-norm model; None in a pre-norm model.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    layer: Layer
+    part: str
+    adds: bool
+    norm: nn.Module | None = field(repr=False)
+
+
+# Paths in a layer; of a path that ends a feed-forward block the whole block is meant.
+_ENDS = {
+    "attention": (
+        "attention.output",  # BERT, RoBERTa, XLM-R
+        "attention.out_lin",  # DistilBERT
+        "attn.Wo",  # ModernBERT
+        "self_attn.o_proj",  # Llama, Qwen, Mistral, Gemma
+        "attn.c_proj",  # GPT-2
+        "layer.0.SelfAttention.o",  # T5, mT5
+    ),
+    "ffn": ("output", "ffn", "mlp", "layer.1.DenseReluDense", "layer.2.DenseReluDense"),
+}
+_NORMS_OF_THE_SUM = {"attention.out_lin": "sa_layer_norm", "ffn": "output_layer_norm"}  # DistilBERT
+
+
+def sublayers(model: nn.Module) -> tuple[Sublayer, ...]:
+    """Find where each layer's self-attention and feed-forward block give their output, bottom first.
+
+    Args:
+        model: see `describe`; modules that PEFT has wrapped are looked through.
+
+    Raises:
+        ModelError: a layer in which these modules are not recognised.
+    """
+    return tuple(_end(layer, part) for layer in describe(model).layers for part in _ENDS)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without what PEFT has put around it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _end(layer: Layer, part: str) -> Sublayer:
+    modules = dict(layer.module.named_modules())
+    for path in _ENDS[part]:
+        if (module := modules.get(path)) is None:
+            continue
+        inside = dict(unwrapped(module).named_children())
+        if path.endswith("output"):
+            if inside.keys() == {"dense", "dropout", "LayerNorm"}:
+                return Sublayer(f"{layer.name}.{path}", module, layer, part, adds=True, norm=inside["LayerNorm"])
+            continue
+        norm = modules.get(_NORMS_OF_THE_SUM[path]) if path in _NORMS_OF_THE_SUM else None
+        return Sublayer(f"{layer.name}.{path}", module, layer, part, adds=False, norm=norm)
+    raise ModelError(
+        f"Where the {'self-attention' if part == 'attention' else 'feed-forward block'} of a "
+        f"{type(layer.module).__name__} gives its output is not known.",
+        found=f"{layer.name}: {', '.join(name for name, _ in layer.module.named_children())}",
+        allowed=_ENDS[part],
+    )
+
+
 def bare_name(name: str) -> str:
     """A module or parameter name without the prefixes of PEFT, DDP, `torch.compile` and FSDP1.
 
