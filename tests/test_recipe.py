@@ -131,6 +131,8 @@ def test_relocated_paths_lead_to_the_same_files(write, tmp_path):
         ("unfreezing: {schedule: gradual, order: [1]}\n", ["order", "schedule: fixed"]),
         ("unfreezing: {every_n_steps: 0}\n", ["unfreezing.every_n_steps", "'auto'", "greater than or equal to 1"]),
         ("references: [majority, bogus]\n", ["r.yaml:8", "'bogus'", "majority, standard"]),
+        ("training: {masking: 0.3}\n", ["classification does not read training.masking"]),
+        ("training: {masking: 0}\n", ["r.yaml:8: training.masking", "greater than 0"]),
         ("seed: -1\n", ["r.yaml:8: seed", "-1"]),
         ("seed: 2020-01-01\n", ["r.yaml:8: seed", "integer"]),
         ("name: again\n", ["r.yaml:8", "duplicate key", "name"]),
@@ -143,6 +145,31 @@ def test_what_is_refused(write, extra, expected):
     message = refused(write(BASE + extra))
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.label=topic", ["causal_lm does not read data.label"]),
+        ("data.text_b=other", ["causal_lm does not read data.text_b"]),
+        ("training.masking=0.3", ["causal_lm does not read training.masking"]),
+        ("data.old=[fra]", ["'fra' has no text in data.test", "eng, no"]),
+        ("data.documents=chapters", ["data.documents", "'paragraphs'", "'chapters'"]),
+    ],
+)
+def test_what_raw_text_has_no_use_for(write, override, expected):
+    path = write(BASE.replace("task: classification", "task: causal_lm"))
+    message = refused(path, override)
+    for part in expected:
+        assert part in message
+    load_recipe(path, ["data.old=[no]", "data.documents=files"])
+    assert "does not read data.old" in refused(write(BASE, "labels.yaml"), "data.old=[no]")
+
+
+def test_relocated_patterns_lead_to_the_same_files(write, tmp_path):
+    (tmp_path / "novels").mkdir()
+    recipe = load_recipe(write(BASE.replace("task: classification", "task: causal_lm")), ["data.train=novels/*.txt"])
+    assert recipe.relocated(tmp_path / "runs" / "x").data.train.path == "../../novels/*.txt"
 
 
 def test_several_mistakes_are_named_at_once(write):
@@ -199,4 +226,6 @@ def test_a_recipe_for_each_task():
         "regression",
         "token_classification",
         "question_answering",
+        "masked_lm",
+        "causal_lm",
     }

@@ -21,7 +21,7 @@ from graftlm.errors import MissingExtra, ModelError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load, load_model, load_tokenizer
 from graftlm.prepare import prepare, training_arguments
-from graftlm.recipe import Recipe, load_recipe, shipped
+from graftlm.recipe import LANGUAGE_MODELLING, Recipe, load_recipe, shipped
 from graftlm.run import evaluate, run_recipe
 from graftlm.tasks import task_for
 
@@ -298,6 +298,8 @@ def _write_task_data(folder: Path, recipe: Recipe) -> None:
     rng = random.Random(0)
 
     def row(number: int) -> dict:
+        if recipe.task in LANGUAGE_MODELLING:
+            return {"text": " ".join(words(rng, "red", 20))}
         colour = ("red", "blue")[number % 2]
         tokens = words(rng, colour, 5)
         context = words(rng, "green", 4) + words(rng, "red", 2) + words(rng, "green", 4)
@@ -354,6 +356,10 @@ def test_each_shipped_recipe_runs(name, tmp_path):
     if original.dropout:  # measured on a language model, which has to have learned something
         texts = [row["text"] for row in rows(tmp_path / original.data.train.path.removeprefix("starter:"))]
         save_language_model(tmp_path / "model", texts)
+    elif original.task in LANGUAGE_MODELLING:
+        architecture = {"masked_lm": "bert", "causal_lm": "llama"}[original.task]
+        tiny_model(architecture, original.task).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
     else:
         save_model(tmp_path / "model", max_position_embeddings=64)
     recipe = small_recipe(
@@ -382,6 +388,9 @@ def test_each_shipped_recipe_runs(name, tmp_path):
         gold, guess = ([row[key] for row in said[:16]] for key in ("label", "prediction"))
         by_torch = torch.corrcoef(torch.tensor([gold, guess]))[0, 1]
         assert source.metrics["pearson"].value == pytest.approx(float(by_torch), abs=1e-4)
+    elif recipe.task in LANGUAGE_MODELLING:
+        assert source.change.low > 0, "twenty words are enough for all texts"
+        assert set(result.forgetting) == {"eng"}
     else:
         assert result.primary(source).value > (source.majority or 0), "words tell the classes apart"
     loaded = load(folder)

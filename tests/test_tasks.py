@@ -9,7 +9,7 @@ from tiny import BOS, EOS, UNKNOWN, tiny_tokenizer
 from graftlm.data import Answers, Labels, Split
 from graftlm.errors import ModelError, RecipeError
 from graftlm.recipe import Training, load_recipe
-from graftlm.tasks import IGNORED, Answering, Tokens, WholeText, check_length, task_for
+from graftlm.tasks import IGNORED, Answering, Tokens, WholeText, check_length
 
 TOKENIZER = tiny_tokenizer()
 
@@ -188,19 +188,17 @@ def test_windows_need_room(question, training, expected):
 
 
 def test_more_items_than_one_chunk_stay_in_order(monkeypatch):
-    monkeypatch.setattr("graftlm.tasks._CHUNK", 3)
+    monkeypatch.setattr("graftlm.task._CHUNK", 3)
     items = split([f"w{number}" for number in range(10)], ["a", "b"] * 5)
     encoded = WholeText("classification", Labels(("a", "b"))).encode(items, TOKENIZER, Training())
     assert encoded.owners == list(range(10))
     assert [row["input_ids"][1] for row in encoded.features] == TOKENIZER.convert_tokens_to_ids(items.texts)
 
 
-def test_tasks_that_do_not_run_yet_and_lengths_that_do_not_fit(tmp_path):
+def test_lengths_that_do_not_fit(tmp_path):
     path = tmp_path / "r.yaml"
     values = {"name": "x", "task": "masked_lm", "data": {"train": "a.jsonl", "test": {"eng": "a.jsonl"}}}
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"masked_lm does not run yet\n.*classification"):
-        task_for(load_recipe(path))
 
     class Config:
         max_position_embeddings = 20

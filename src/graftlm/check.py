@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftlm.data import Split
+from graftlm.measure.likelihood import IGNORED
 from graftlm.prepare import Prepared, prepare
 from graftlm.recipe import Recipe
 from graftlm.tasks import Encoded
@@ -53,7 +54,7 @@ class Check:
         targets: modules that carry LoRA.
         texts: one row for each split and language.
         example: the first training item as the model reads it.
-        label: its label.
+        label: its label; in language modelling the tokens that are to be predicted.
         step_seconds: forward and backward of one batch, all layers open.
         steps: optimizer steps of the run.
         train_seconds: `step_seconds` × forward passes; an estimate without evaluation and Fisher passes.
@@ -112,7 +113,7 @@ def check(recipe: Recipe) -> Check:
         total_parameters=sum(p.numel() for p in model.parameters()),
         texts=_texts(prepared),
         example=prepared.tokenizer.decode(prepared.train.features[0]["input_ids"]),
-        label=prepared.task.plain(prepared.splits.train.labels[0]),
+        label=_label(prepared),
         loss=loss,
         step_seconds=seconds,
         steps=prepared.steps,
@@ -121,6 +122,13 @@ def check(recipe: Recipe) -> Check:
         openings=tuple(openings),
         memory=_memory(model),
     )
+
+
+def _label(prepared: Prepared) -> Any:
+    if prepared.train.counts is None:
+        return prepared.task.plain(prepared.splits.train.labels[0])
+    labels = prepared.train.features[0]["labels"]
+    return " ".join(prepared.tokenizer.convert_ids_to_tokens([one for one in labels if one != IGNORED]))
 
 
 def _texts(prepared: Prepared) -> tuple[TextCheck, ...]:
@@ -135,16 +143,22 @@ def _texts(prepared: Prepared) -> tuple[TextCheck, ...]:
 
 
 def _text_check(name: str, language: str, split: Split, encoded: Encoded) -> TextCheck:
-    flat = [" ".join(text) if isinstance(text, list) else text for text in [*split.texts, *(split.texts_b or ())]]
+    items, windows = len(split), len(encoded.owners)
+    if encoded.counts is not None:
+        items, windows = encoded.counts.documents, len(encoded.features)
+        words, characters = encoded.counts.words, encoded.counts.characters
+    else:
+        flat = [" ".join(text) if isinstance(text, list) else text for text in [*split.texts, *(split.texts_b or ())]]
+        words, characters = sum(len(text.split()) for text in flat), sum(map(len, flat))
     return TextCheck(
         split=name,
         language=language,
-        items=len(split),
-        tokens_per_word=encoded.tokens / max(1, sum(len(text.split()) for text in flat)),
-        characters_per_token=sum(map(len, flat)) / max(1, encoded.tokens),
+        items=items,
+        tokens_per_word=encoded.tokens / max(1, words),
+        characters_per_token=characters / max(1, encoded.tokens),
         unknown=encoded.unknown / max(1, encoded.tokens),
-        truncated=encoded.truncated / len(split),
-        windows=len(encoded.owners),
+        truncated=encoded.truncated / items,
+        windows=windows,
     )
 
 
@@ -156,7 +170,7 @@ def _one_step(prepared: Prepared) -> tuple[float, float]:
     for _ in range(2):
         began = time.perf_counter()
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs)
+            loss = trainer.compute_loss(model, dict(inputs))  # Trainer takes the labels out
         loss.backward()
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()

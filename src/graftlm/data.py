@@ -8,13 +8,14 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import DataError
-from graftlm.recipe import FILE_TYPES, Data, Recipe, Source
+from graftlm.recipe import FILE_TYPES, LANGUAGE_MODELLING, Data, Recipe, Source
 
 STARTER = "starter:"
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -38,8 +39,8 @@ class Split:
         ids: what predictions are filed under.
         texts: texts; lists of words in token classification; questions in question answering.
         texts_b: second texts of pairs; contexts in question answering.
-        labels: names (classification), lists of names (multi_label, token_classification), numbers (regression) or
-            Answers (question_answering).
+        labels: names (classification), lists of names (multi_label, token_classification), numbers (regression),
+            Answers (question_answering) or UTF-8 bytes (language modelling).
         names: label names in the order that the data set declares, where it does.
     """
 
@@ -71,7 +72,7 @@ class Labels:
         Raises:
             DataError: fewer than two classes.
         """
-        if task in ("regression", "question_answering"):
+        if task in ("regression", "question_answering", *LANGUAGE_MODELLING):
             return cls(())
         nested = task in ("multi_label", "token_classification")
         seen = {name for label in train.labels for name in (label if nested else [label])}
@@ -130,12 +131,12 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
     labels: list[Any] = []
     for number, row in enumerate(rows):
         place = f"{origin}, row {number + 1}"
-        text_of = _words if recipe.task == "token_classification" else _text
-        texts.append(text_of(_cell(row, columns.text, place, "data.text"), place, columns.text))
+        text_of = _words if recipe.task == "token_classification" else plain_text
+        texts.append(text_of(cell(row, columns.text, place, "data.text"), place, columns.text))
         if columns.text_b is not None:
-            texts_b.append(_text(_cell(row, columns.text_b, place, "data.text_b"), place, columns.text_b))
-        labels.append(read(_cell(row, columns.label, place, "data.label"), place, columns, names))
-        ids.append(_cell(row, columns.id, place, "data.id") if columns.id else number)
+            texts_b.append(plain_text(cell(row, columns.text_b, place, "data.text_b"), place, columns.text_b))
+        labels.append(read(cell(row, columns.label, place, "data.label"), place, columns, names))
+        ids.append(cell(row, columns.id, place, "data.id") if columns.id else number)
         if recipe.task == "token_classification" and len(labels[-1]) != len(texts[-1]):
             counts = f"{len(texts[-1])} words, {len(labels[-1])} labels"
             raise DataError(f"{place}: as many labels as words are needed", found=counts)
@@ -152,8 +153,8 @@ def load_texts(recipe: Recipe, source: Source, column: str) -> list[str]:
     """
     origin, rows, _ = _rows(recipe, source, "train")
     places = ((f"{origin}, row {number + 1}", row) for number, row in enumerate(rows))
-    found = ((place, _cell(row, column, place, "dropout.text")) for place, row in places)
-    return [_text(text, place, column) for place, text in found if not isinstance(text, str) or text.strip()]
+    found = ((place, cell(row, column, place, "dropout.text")) for place, row in places)
+    return [plain_text(text, place, column) for place, text in found if not isinstance(text, str) or text.strip()]
 
 
 def starter_path(text: str) -> Path:
@@ -167,50 +168,58 @@ def starter_path(text: str) -> Path:
 
 def _rows(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
     """(name for errors, rows, declared label names)."""
-    if source.path.startswith(STARTER):
-        path = starter_path(source.path)
-    elif source.is_file():
-        path = recipe.path(source.path)
-    else:
-        return _from_hub(recipe, source, role)
-    if source.config or source.split or source.revision:
-        raise DataError("config, split and revision belong to hub data sets, and this is a file", found=source.path)
+    if not source.path.startswith(STARTER) and not source.is_file():
+        return from_hub(recipe, source, role)
+    path = file_of(recipe, source, role)
+    return source.path, list(read_file(path, source.path)), None
+
+
+def file_of(recipe: Recipe, source: Source, role: str, allowed: tuple[str, ...] = FILE_TYPES) -> Path:
+    """The file that a source names; a DataError where there is none, or one of another kind than those allowed."""
+    path = starter_path(source.path) if source.path.startswith(STARTER) else recipe.path(source.path)
+    refuse_hub_keys(source)
     if not path.is_file():
         kit = starter_path("")
-        shipped = sorted(f"{STARTER}{file.relative_to(kit).as_posix()}" for file in kit.rglob("*") if _readable(file))
+        files = (file for file in kit.rglob("*") if file.name.endswith(FILE_TYPES))
+        shipped = sorted(f"{STARTER}{file.relative_to(kit).as_posix()}" for file in files)
         raise DataError(
             f"data.{role}: there is no such file",
             found=source.path if source.path.startswith(STARTER) else path,
             allowed=shipped if source.path.startswith(STARTER) else None,
             fix=None if source.path.startswith(STARTER) else "relative paths start from the recipe's folder",
         )
-    if not _readable(path):
-        raise DataError(f"data.{role}: an unknown kind of file", found=source.path, allowed=FILE_TYPES)
-    return source.path, list(_read_file(path, source.path)), None
+    if not path.name.endswith(allowed):
+        raise DataError(f"data.{role}: an unknown kind of file", found=source.path, allowed=allowed)
+    return path
 
 
-def _readable(path: Path) -> bool:
-    return path.name.endswith(FILE_TYPES)
+def refuse_hub_keys(source: Source) -> None:
+    """Raises where a file is given what only a hub data set has."""
+    if source.config or source.split or source.revision:
+        raise DataError("config, split and revision belong to hub data sets, and this is a file", found=source.path)
 
 
-def _read_file(path: Path, name: str) -> Iterator[Row]:
+def read_file(path: Path, name: str) -> Iterator[Row]:
+    """The rows of a file, one at a time; `name` is what errors call it."""
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, name)
         return
-    with _open(path) as file:
+    with open_text(path, name) as file:
+        yield from _read_csv(file, name) if path.name.endswith(".csv") else _read_jsonl(file, name)
+
+
+@contextmanager
+def open_text(path: Path, name: str) -> Iterator[Any]:
+    """A text file, zipped or not; what is wrong with its bytes is a DataError."""
+    # a spreadsheet's CSV may begin with a byte order mark, which is no part of the first column's name
+    zipped = path.name.endswith(".gz")
+    with gzip.open(path, "rt", encoding="utf-8") if zipped else path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            yield from _read_csv(file, name) if path.name.endswith(".csv") else _read_jsonl(file, name)
+            yield file
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: the file is not UTF-8", found=f"{error.reason} at byte {error.start}") from error
         except (gzip.BadGzipFile, EOFError) as error:
             raise DataError(f"{name}: the file is not whole gzip", found=error) from error
-
-
-def _open(path: Path) -> Any:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    # a spreadsheet's CSV may begin with a byte order mark, which is no part of the first column's name
-    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _read_jsonl(file: Any, name: str) -> Iterator[Row]:
@@ -243,17 +252,19 @@ def _read_csv(file: Any, name: str) -> Iterator[Row]:
         raise DataError(f"{name}, line {reader.line_num}: this is not CSV: {error}") from error
 
 
-def _read_parquet(path: Path, name: str) -> list[Row]:
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: this is not parquet", found=error) from error
 
 
-def _from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
+def from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
     """A data set of the hub, or a local folder that is laid out like one."""
     import datasets
 
@@ -280,13 +291,13 @@ def _from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[
     return f"{source.path} ({split})", loaded, names
 
 
-def _cell(row: Row, column: str, place: str, key: str) -> Any:
+def cell(row: Row, column: str, place: str, key: str) -> Any:
     if column not in row:
         raise DataError(f"{place}: there is no column {column!r}", allowed=list(row), fix=f"{key}: NAME OF THE COLUMN")
     return row[column]
 
 
-def _text(value: Any, place: str, column: str) -> str:
+def plain_text(value: Any, place: str, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} is not text", found=repr(value))
     if not value.strip():
@@ -354,7 +365,7 @@ def _answers(value: Any, place: str, columns: Data, names: tuple[str, ...] | Non
 def _place_answers(answers: Answers, row: Row, context: str, place: str, columns: Data, *, positions: bool) -> Answers:
     starts = answers.starts
     if starts is None and columns.answer_start is not None:
-        value = _cell(row, columns.answer_start, place, "data.answer_start")
+        value = cell(row, columns.answer_start, place, "data.answer_start")
         try:
             starts = tuple(int(one) for one in (value if isinstance(value, list) else [value]))
         except (TypeError, ValueError) as error:

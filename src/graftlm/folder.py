@@ -113,6 +113,7 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     where = locate(recipe)
     auto = getattr(transformers, task.auto_class)
     with _explained(recipe, where), _quiet():
+        task.check_model(transformers.AutoConfig.from_pretrained(where, trust_remote_code=False), where)
         # a checkpoint with a head for other labels gets a fresh one; what is fresh in the layers is an error below
         model, info = auto.from_pretrained(
             where,
@@ -128,6 +129,7 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     fresh = _fresh_modules(model, missing)
     _refuse_fresh_layers(model, missing, where)
+    task.check_fresh(fresh, where)
     if recipe.adapter.method == "none":
         return Loaded(model, fresh, ())
     return _with_lora(recipe, model, task, fresh)
@@ -191,12 +193,16 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
                 found=target,
                 allowed=sorted({re.sub(r".*\.", "", name) for name, _ in _layer_linears(model)}),
             )
+    # GPT-2's projections are stored transposed; PEFT sets this itself, with a warning
+    chosen = [part for name, part in model.named_modules() if name.endswith(tuple(targets))]
+    transposed = any(isinstance(part, transformers.pytorch_utils.Conv1D) for part in chosen)
     config = peft.LoraConfig(
         task_type=task.peft_type,
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
         lora_dropout=recipe.adapter.dropout,
         target_modules=list(targets),
+        fan_in_fan_out=transposed,
         # PEFT adds the head by task type; whatever else is fresh would be random again after loading
         modules_to_save=list(fresh) or None,
     )

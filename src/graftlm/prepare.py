@@ -18,7 +18,8 @@ from graftlm.data import Labels, Split, load_split, load_texts
 from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
 from graftlm.folder import Loaded, load_model, load_tokenizer, locate
-from graftlm.recipe import Recipe
+from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
+from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
 from graftlm.tasks import Encoded, Task, task_for
 from graftlm.training.callback import ScheduledUnfreezing
 from graftlm.training.dropout.apply import Applied
@@ -29,7 +30,7 @@ from graftlm.yaml_lines import nearest
 CHECKPOINTS = "checkpoints"
 UNFREEZING_LOG = "unfreezing.jsonl"
 DROPOUT = "dropout.json"
-_UNDEFINED = -1.0  # of a dev metric: no worse value exists, and NaN would win every later comparison
+_UNDEFINED = -1e30  # of a dev metric: no worse value exists, and NaN would win every later comparison
 
 # TrainingArguments that have a key of their own in the recipe, or that the run folder depends on
 _OWN_KEYS = {
@@ -59,6 +60,9 @@ _OWN_KEYS = {
     ),
     **dict.fromkeys(("label_names", "remove_unused_columns", "resume_from_checkpoint", "save_only_model"), None),
 }
+
+# the loss is a mean over the tokens of an optimizer step, and the order of blocks follows from the seed
+_NOT_FOR_RAW_TEXT = ("label_smoothing_factor", "train_sampling_strategy", "average_tokens_across_devices", "data_seed")
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,18 @@ class Prepared:
 
 def read_splits(recipe: Recipe) -> tuple[Splits, Task]:
     """All splits and the task with its labels; every label must be known from training."""
-    train = load_split(recipe, recipe.data.train, "train")
+    train = read_split(recipe, recipe.data.train, "train")
     task = task_for(recipe, train)
-    dev = load_split(recipe, recipe.data.dev, "dev") if recipe.data.dev else None
-    test = {language: load_split(recipe, source, "test") for language, source in recipe.data.test.items()}
+    dev = read_split(recipe, recipe.data.dev, "dev") if recipe.data.dev else None
+    test = {language: read_split(recipe, source, "test") for language, source in recipe.data.test.items()}
     return Splits(train, dev and checked(task, dev), {key: checked(task, split) for key, split in test.items()}), task
+
+
+def read_split(recipe: Recipe, source: Source, role: str) -> Split:
+    """One split, labelled or raw text, as the recipe's task wants it; raw text to train on is not held in memory."""
+    if recipe.task not in LANGUAGE_MODELLING:
+        return load_split(recipe, source, role)
+    return training_text(recipe, source) if role == "train" else held_out(recipe, source, role)
 
 
 def checked(task: Task, split: Split) -> Split:
@@ -114,14 +125,16 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         folder: the run folder; checkpoints and the unfreezing log go there once training begins.
         progress: whether a bar is shown.
     """
-    task_for(recipe)  # a task that does not run is an error before anything is read
     arguments = training_arguments(recipe, folder, progress=progress)
     splits, task = read_splits(recipe)
     tokenizer = load_tokenizer(recipe)
     transformers.set_seed(recipe.seed)  # the head's weights are drawn next
     loaded = load_model(recipe, task, tokenizer)
+    for split in splits.test.values():
+        task.check_split(split, tokenizer, recipe.training)
     dropout = _dropout(recipe, folder, loaded, splits, progress=progress)
-    train = task.encode(splits.train, tokenizer, recipe.training)
+    with arguments.main_process_first(local=False):  # one process writes the cache, the others read it
+        train = task.training(splits.train, tokenizer, recipe, folder / CHECKPOINTS)
     dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
     metric = metrics_for(task.name, task.gold((splits.dev or splits.train).labels))[0]
 
@@ -138,7 +151,7 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         train_dataset=train.features,
         eval_dataset=dev.features if dev else None,
         compute_metrics=_dev_metrics(task, dev, splits.dev, metric) if dev and splits.dev else None,
-        callbacks=[clock, stop, *([schedule] if schedule else [])],
+        callbacks=[clock, stop, *_order_of(train), *([schedule] if schedule else [])],
     )
     return Prepared(
         recipe,
@@ -159,8 +172,16 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     )
 
 
+def _order_of(train: Encoded) -> list[EpochOfBlocks]:
+    return [EpochOfBlocks(train.features.order)] if isinstance(train.features, Blocks) else []
+
+
 class _InOrder(Trainer):
     """Predicts items in their order: with `train_sampling_strategy: group_by_length` Trainer mixes test items too."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return data.order if isinstance(data, Blocks) else super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -180,7 +201,8 @@ def make_trainer(
         model,
         arguments,
         data_collator=task.collator(tokenizer),
-        preprocess_logits_for_metrics=_only_logits(task),
+        preprocess_logits_for_metrics=task.keep,
+        compute_loss_func=task.loss(),
         **kwargs,
     )
     # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that
@@ -230,6 +252,8 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
         "report_to": list(recipe.output.report_to) or "none",
         "run_name": recipe.name,
         "label_names": list(task_for(recipe).label_names),
+        # blocks of raw text are named by their place in the stream, and made when they are asked for
+        "remove_unused_columns": recipe.task not in LANGUAGE_MODELLING,
         "disable_tqdm": not progress,
         "dataloader_pin_memory": torch.cuda.is_available(),  # else there is nothing to pin for, and torch warns
         # frozen layers take no part in the backward pass; DDP has to know that this may happen
@@ -256,6 +280,8 @@ def _check_arguments(recipe: Recipe) -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in recipe.training.arguments:
         where = recipe.origin(f"training.arguments.{name}")
+        if recipe.task in LANGUAGE_MODELLING and name in _NOT_FOR_RAW_TEXT:
+            raise RecipeError(f"{where}: task: {recipe.task} sets this itself", found=f"training.arguments.{name}")
         if name in _OWN_KEYS:
             own = _OWN_KEYS[name]
             raise RecipeError(
@@ -269,15 +295,6 @@ def _check_arguments(recipe: Recipe) -> None:
                 found=f"training.arguments.{name}",
                 fix=f"training.arguments: {{{near}: …}}" if near else None,
             )
-
-
-def _only_logits(task: Task) -> Any:
-    def keep(logits: Any, labels: Any) -> Any:
-        if not isinstance(logits, tuple | list):
-            return logits
-        return tuple(logits[: task.logits]) if task.logits > 1 else logits[0]
-
-    return keep
 
 
 def _dev_metrics(task: Task, encoded: Encoded, split: Split, metric: str) -> Any:

@@ -7,7 +7,6 @@ it came from.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,7 +27,6 @@ from pydantic import (
 )
 
 from graftlm import recipe_errors, yaml_lines
-from graftlm.errors import RecipeError
 
 TaskName = Literal[
     "classification",
@@ -39,12 +38,20 @@ TaskName = Literal[
     "masked_lm",
 ]
 Schedule = Literal["standard", "gradual", "reverse", "random", "fixed", "lpft", "fisher"]
+LANGUAGE_MODELLING = ("causal_lm", "masked_lm")
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+TEXT_TYPES = (".txt", ".txt.gz")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _language_tag(tag: str) -> str:
+    if not _LANGUAGE.fullmatch(tag):
+        raise ValueError(f"{tag!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
+    return tag
 
 
 class _Model(BaseModel):
@@ -72,13 +79,13 @@ class Source(_Model):
 
     def is_file(self) -> bool:
         """Whether the path names a file by its ending, not a hub id or folder."""
-        return self.path.endswith(FILE_TYPES)
+        return self.path.endswith(FILE_TYPES + TEXT_TYPES)
 
 
 class Data(_Model):
     """The splits and their columns."""
 
-    train: Source = Field(description="labelled text in the source language")
+    train: Source = Field(description="labelled text, or raw text (files: a pattern such as novels/*.txt too)")
     dev: Source | None = Field(None, description="source-language text that the best checkpoint is chosen on")
     test: dict[str, Source] = Field(min_length=1, description="language tag → text that is scored once, at the end")
     text: str = Field("text", description="text column (token_classification: list of words; QA: question)")
@@ -87,14 +94,13 @@ class Data(_Model):
     answer_start: str | None = Field(None, description="QA with answer texts: column of their position in the context")
     id: str | None = Field(None, description="column that names each item; its row number otherwise")
     label_separator: str | None = Field(None, min_length=1, description="splits multi-label cells of a CSV file")
+    documents: Literal["paragraphs", "lines", "files"] = Field("paragraphs", description="of .txt files, for raw text")
+    old: tuple[str, ...] = Field((), description="raw text: languages of `test` that the model knew before")
 
     @field_validator("test")
     @classmethod
     def _language_tags(cls, test: dict[str, Source]) -> dict[str, Source]:
-        for tag in test:
-            if not _LANGUAGE.fullmatch(tag):
-                raise ValueError(f"{tag!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
-        return test
+        return {_language_tag(tag): source for tag, source in test.items()}
 
 
 class Adapter(_Model):
@@ -175,9 +181,10 @@ class Training(_Model):
     eval_batch_size: Count = 64
     gradient_accumulation_steps: Count = 1
     max_length: Annotated[int, Field(ge=8)] = Field(
-        128, description="tokens; longer text is cut and counted; words and contexts are cut into windows"
+        128, description="tokens; longer text is cut and counted; words, contexts and raw text become windows"
     )
-    stride: Annotated[int, Field(ge=0)] = Field(32, description="tokens that two windows of a QA context share")
+    stride: Annotated[int, Field(ge=0)] = Field(32, description="tokens that windows share (QA; causal LM, scored)")
+    masking: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="masked_lm: share of tokens to fill in")
     warmup_steps: Annotated[float, Field(ge=0)] = Field(0.0, description="steps; below 1: a share of the run")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_scheduler_type: str = "linear"
@@ -240,7 +247,9 @@ class Recipe(_Model):
     name: str = Field(pattern=_FOLDER_NAME, description="folder name under output.folder")
     model: str = Field("starter", min_length=1, description="starter, a hub id, or a local folder")
     task: TaskName = "classification"
-    source: str = Field("eng", description="language tag of the labelled text")
+    source: Annotated[str, AfterValidator(_language_tag)] = Field(
+        "eng", description="language tag of the training text"
+    )
     data: Data
     adapter: Adapter = Adapter()
     unfreezing: Unfreezing | None = Field(None, description="null: plain training")
@@ -256,12 +265,10 @@ class Recipe(_Model):
     _origins: dict[yaml_lines.Path_, str] = PrivateAttr(default_factory=dict)
     _file: str = PrivateAttr("recipe")
 
-    @field_validator("source")
-    @classmethod
-    def _language_tag(cls, source: str) -> str:
-        if not _LANGUAGE.fullmatch(source):
-            raise ValueError(f"{source!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
-        return source
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "Recipe":
+        recipe_errors.refuse_idle(self, LANGUAGE_MODELLING)
+        return self
 
     @property
     def text(self) -> str:
@@ -314,7 +321,8 @@ class Recipe(_Model):
 
         def move(path: str) -> str:
             local = self.path(path)
-            return Path(os.path.relpath(local, folder)).as_posix() if local.exists() else path
+            there = local.exists() or ("*" in path and local.parent.is_dir())
+            return Path(os.path.relpath(local, folder)).as_posix() if there else path
 
         values = self.values()
         values["model"] = move(self.model) if self.model != "starter" else self.model
@@ -387,14 +395,6 @@ def _build(
         recipe = Recipe.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise recipe_errors.explain(error, Recipe, values, file, origins) from None
-    _refuse_non_finite(values, file, origins)
+    recipe_errors.refuse_non_finite(values, file, origins)
     recipe._text, recipe._base, recipe._file, recipe._origins = text, base, file, origins
     return recipe
-
-
-def _refuse_non_finite(values: dict[str, Any], file: str, origins: dict[yaml_lines.Path_, str]) -> None:
-    for path, value in yaml_lines.flatten(values):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(
-                f"{recipe_errors.place(path, file, origins)}: {'.'.join(path)} is not a finite number", found=value
-            )

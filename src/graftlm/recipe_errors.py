@@ -1,10 +1,12 @@
 """pydantic's complaints about a recipe in the words of its file: line, key, nearest key, allowed values."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from graftlm import yaml_lines
 from graftlm.errors import RecipeError
 from graftlm.yaml_lines import Path_, nearest
 
@@ -42,6 +44,34 @@ def explain(
             shown = "" if isinstance(found, dict) or detail["type"] == "value_error" else f" (found {found!r})"
             problems[key] = f"{where}: {key + ': ' if key else ''}{_message(detail)}{shown}"
     return RecipeError("\n".join(problems.values()), allowed=allowed, fix=fix)
+
+
+def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
+    """Raises where the recipe sets a key that its task does not read."""
+    raw, masked = recipe.task in language_modelling, recipe.task == "masked_lm"
+    reads = {
+        "data": {
+            **dict.fromkeys(("text_b", "label", "answer_start", "label_separator"), not raw),
+            **dict.fromkeys(("documents", "old"), raw),
+        },
+        "training": {"masking": masked},
+    }
+    for section, keys in reads.items():
+        values = getattr(recipe, section)
+        for key, is_read in keys.items():
+            # a recipe that was written out names every key, so that only another value than the default counts
+            if not is_read and getattr(values, key) != type(values).model_fields[key].default:
+                raise ValueError(f"task: {recipe.task} does not read {section}.{key}; delete it")
+    for tag in recipe.data.old:
+        if tag not in recipe.data.test:
+            raise ValueError(f"data.old: {tag!r} has no text in data.test; allowed: {', '.join(recipe.data.test)}")
+
+
+def refuse_non_finite(values: Any, name: str, origins: Mapping[Path_, str]) -> None:
+    """Raises for NaN and infinity, which YAML can write and pydantic lets pass where any number may stand."""
+    for path, value in yaml_lines.flatten(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{place(path, name, origins)}: {'.'.join(path)} is not a finite number", found=value)
 
 
 def place(path: Path_, name: str, origins: Mapping[Path_, str]) -> str:

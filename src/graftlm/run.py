@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from graftlm import recipe as recipes
-from graftlm.data import Split, load_split
+from graftlm.data import Split
 from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.card import write_card
 from graftlm.evaluation.metrics import majority
@@ -27,10 +27,19 @@ from graftlm.evaluation.report import write_report
 from graftlm.evaluation.result import FILE as RESULT
 from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
 from graftlm.evaluation.transfer import paired_gain, score
-from graftlm.folder import RESOLVED, load, save
+from graftlm.folder import RESOLVED, load, load_model, save
 from graftlm.hub import licences, push
-from graftlm.prepare import CHECKPOINTS, DROPOUT, Prepared, checked, make_trainer, prepare, training_arguments
-from graftlm.recipe import Recipe, Source
+from graftlm.prepare import (
+    CHECKPOINTS,
+    DROPOUT,
+    Prepared,
+    checked,
+    make_trainer,
+    prepare,
+    read_split,
+    training_arguments,
+)
+from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
 from graftlm.tasks import Encoded, Prediction, Task, task_for
 
 WRITTEN, LOG, PREDICTIONS = "recipe.yaml", "log.jsonl", "predictions.jsonl"
@@ -88,8 +97,9 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
         for language, split in prepared.splits.test.items()
     }
     seconds = time.perf_counter() - began
+    base = _base_predictions(recipe, prepared.task, scored, prepared.tokenizer, progress=progress)
     reference = _standard_reference(recipe, folder, progress=progress)
-    scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference)
+    scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference, base)
     if writes:
         save(trainer.accelerator.unwrap_model(trainer.model), prepared.tokenizer, recipe, folder)
         write_text(folder / LOG, _json_lines(trainer.state.log_history))
@@ -117,30 +127,48 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     model, tokenizer = load(folder, tokenizer=True)
     result = Result.read(folder)
     recipe = recipes.load_recipe(folder / RESOLVED)
-    train = load_split(recipe, recipe.data.train, "train")
+    train = read_split(recipe, recipe.data.train, "train")
     task = task_for(recipe, train)
     if tests is None:
-        splits = {language: load_split(recipe, source, "test") for language, source in recipe.data.test.items()}
+        splits = {language: read_split(recipe, source, "test") for language, source in recipe.data.test.items()}
     else:
         here = recipe.relocated(Path())  # the given paths start from the working folder
-        splits = {language: load_split(here, Source(path=path), "test") for language, path in tests.items()}
-    # without a dev split there is no evaluation to prepare, and the Trainer's folder is nobody's
-    bare = recipe.changed("data.dev=null", "output.report_to=none")
-    with tempfile.TemporaryDirectory() as nowhere:
-        arguments = training_arguments(bare, Path(nowhere), progress=progress)
-        trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
-        scored = {
-            language: Scored(split, predict(trainer, task, checked(task, split), tokenizer, recipe))
-            for language, split in splits.items()
-        }
-    scores = _scores(recipe, task, scored, train, None)
+        splits = {language: read_split(here, Source(path=path), "test") for language, path in tests.items()}
+    splits = {language: checked(task, split) for language, split in splits.items()}
+    predictions = _predictions(model, recipe, task, splits, tokenizer, progress=progress)
+    scored = {language: Scored(split, predictions[language]) for language, split in splits.items()}
+    base = _base_predictions(recipe, task, scored, tokenizer, progress=progress)
+    scores = _scores(recipe, task, scored, train, None, base)
     if tests is None:
         old = {one.language: one for one in result.scores}
         scores = [
             one.model_copy(update={"standard": old[one.language].standard, "gain": old[one.language].gain})
             for one in scores
         ]
-    return result.model_copy(update={"scores": tuple(scores)})
+    return result.model_copy(update={"scores": tuple(scores), "forgetting": _forgetting(recipe, scores)})
+
+
+def _predictions(
+    model: Any, recipe: Recipe, task: Task, splits: Mapping[str, Split], tokenizer: Any, *, progress: bool
+) -> dict[str, list[Prediction]]:
+    """What a model that is not in training says of some splits."""
+    # without a dev split there is no evaluation to prepare, and the Trainer's folder is nobody's
+    bare = recipe.changed("data.dev=null", "output.report_to=none")
+    with tempfile.TemporaryDirectory() as nowhere:
+        arguments = training_arguments(bare, Path(nowhere), progress=progress)
+        trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
+        return {language: predict(trainer, task, split, tokenizer, recipe) for language, split in splits.items()}
+
+
+def _base_predictions(
+    recipe: Recipe, task: Task, scored: Mapping[str, Scored], tokenizer: Any, *, progress: bool
+) -> dict[str, list[Prediction]] | None:
+    """What the pretrained model says itself; None for a task whose head it does not have."""
+    if recipe.task not in LANGUAGE_MODELLING:
+        return None
+    model = load_model(recipe.changed("adapter={method: none}"), task, tokenizer).model
+    splits = {language: one.split for language, one in scored.items()}
+    return _predictions(model, recipe, task, splits, tokenizer, progress=progress)
 
 
 def predict(trainer: Trainer, task: Task, split: Split, tokenizer: Any, recipe: Recipe) -> list[Prediction]:
@@ -236,7 +264,12 @@ def _standard_reference(recipe: Recipe, folder: Path, *, progress: bool) -> Path
 
 
 def _scores(
-    recipe: Recipe, task: Task, scored: Mapping[str, Scored], train: Split, reference: Path | None
+    recipe: Recipe,
+    task: Task,
+    scored: Mapping[str, Scored],
+    train: Split,
+    reference: Path | None,
+    base: Mapping[str, list[Prediction]] | None,
 ) -> list[Score]:
     standard = _reference_predictions(reference) if reference else {}
     theirs = Result.read(reference) if reference else None
@@ -250,18 +283,33 @@ def _scores(
             gain = paired_gain(
                 task.name, gold, said, task.gold(values), ids=one.split.ids, reference_ids=ids, seed=recipe.seed
             )
+        metrics = score(task.name, gold, said, seed=recipe.seed)
+        first: Interval | None = None
+        change: Interval | None = None
+        if base is not None:
+            theirs_at_first = task.gold([prediction.value for prediction in base[language]])
+            first = score(task.name, gold, theirs_at_first, seed=recipe.seed)[next(iter(metrics))]
+            change = paired_gain(task.name, gold, said, theirs_at_first, seed=recipe.seed)
         scores.append(
             Score(
                 language=language,
                 n=len(one.split),
                 is_source=language == recipe.source,
-                metrics=score(task.name, gold, said, seed=recipe.seed),
+                metrics=metrics,
                 majority=majority(task.name, task.gold(train.labels), gold) if recipe.references.majority else None,
                 standard=before.get(language),
                 gain=gain,
+                base=first,
+                change=change,
             )
         )
     return scores
+
+
+def _forgetting(recipe: Recipe, scores: list[Score]) -> dict[str, Interval] | None:
+    """What the run did to the languages that the model knew before."""
+    found = {one.language: one.change for one in scores if one.language in recipe.data.old and one.change is not None}
+    return found or None
 
 
 def _reference_predictions(folder: Path) -> dict[str, tuple[list[Any], list[Any]]]:
@@ -302,6 +350,7 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
         selected_on=(recipe.source,) if prepared.dev else (),
         seed=recipe.seed,
         scores=tuple(scores),
+        forgetting=_forgetting(recipe, scores),
         cost=Cost(
             train_seconds=prepared.clock.seconds,
             trace_seconds=prepared.schedule.trace_seconds if prepared.schedule else None,

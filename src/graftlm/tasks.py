@@ -1,109 +1,23 @@
-"""What differs between tasks: the model class, how items become features, how logits become predictions."""
+"""The tasks of a recipe: how items become features, how logits become predictions."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.data import Answers, Labels, Split
 from graftlm.errors import ModelError, RecipeError
-from graftlm.recipe import Recipe, Training
+from graftlm.language_modelling import CausalLM, MaskedLM
+from graftlm.measure.likelihood import IGNORED
+from graftlm.recipe import Recipe
+from graftlm.task import Encoded as Encoded
+from graftlm.task import Prediction as Prediction
+from graftlm.task import Task as Task
 
-IGNORED = -100  # transformers' label for positions that have no loss
-_CHUNK = 1000  # items tokenised at once, so that a large set needs no second copy in Python objects
 _BEST = 20  # start and end positions of a QA window that are combined
 _LONGEST_ANSWER = 30  # tokens
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised items.
-
-    Attributes:
-        features: model inputs, labels included; one row a window.
-        owners: the item that each row comes from.
-        truncated: items of which something was cut off.
-        tokens: tokens of all rows, without the marks that the tokenizer adds.
-        unknown: how many of them are the unknown token.
-        places: for each row what decoding needs: (position, word) pairs, or character offsets of the context's tokens.
-    """
-
-    features: datasets.Dataset
-    owners: list[int]
-    truncated: int
-    tokens: int
-    unknown: int
-    places: list[Any] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one item; `scores` are probabilities in the order of the labels, where there are any."""
-
-    value: Any
-    scores: list[float] | None = None
-
-
-class Task:
-    """One kind of supervised task; see the subclasses."""
-
-    auto_class: ClassVar[str]
-    peft_type: ClassVar[str]
-    label_names: ClassVar[tuple[str, ...]] = ("labels",)
-    logits: ClassVar[int] = 1  # how many of the model's outputs are predictions
-
-    def __init__(self, name: str, labels: Labels):
-        self.name, self.labels = name, labels
-
-    def model_arguments(self) -> dict[str, Any]:
-        """What `from_pretrained` must know of the labels."""
-        return {"id2label": dict(enumerate(self.labels.names)), "label2id": dict(self.labels.ids)}
-
-    def encode(self, split: Split, tokenizer: PreTrainedTokenizerBase, training: Training) -> Encoded:
-        """Tokenises a split; its labels must have been checked."""
-        columns: dict[str, list[Any]] = {}
-        owners: list[int] = []
-        places: list[Any] = []
-        cut: set[int] = set()
-        tokens = unknown = 0
-        marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        for start in range(0, len(split), _CHUNK):
-            stop = min(start + _CHUNK, len(split))
-            for owner, row, place, truncated in self._rows(split, range(start, stop), tokenizer, training):
-                for key, value in row.items():
-                    columns.setdefault(key, []).append(value)
-                owners.append(owner)
-                places.append(place)
-                if truncated:
-                    cut.add(owner)
-                tokens += sum(token not in marks for token in row["input_ids"])
-                unknown += row["input_ids"].count(tokenizer.unk_token_id)
-        return Encoded(datasets.Dataset.from_dict(columns), owners, len(cut), tokens, unknown, places)
-
-    def _rows(
-        self, split: Split, items: range, tokenizer: PreTrainedTokenizerBase, training: Training
-    ) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
-        raise NotImplementedError
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What makes a padded batch of features."""
-        return transformers.DataCollatorWithPadding(tokenizer)
-
-    def decode(self, outputs: Any, encoded: Encoded, split: Split) -> list[Prediction]:
-        """One prediction an item, from the outputs of all rows (arrays with one row each)."""
-        raise NotImplementedError
-
-    def gold(self, labels: Sequence[Any]) -> list[Any]:
-        """Labels or predicted values in the form in which `graftlm.evaluation` scores them."""
-        return list(labels)
-
-    def plain(self, label: Any) -> Any:
-        """A label as JSON."""
-        return label
 
 
 def _slice(column: list[Any] | None, items: range) -> list[Any] | None:
@@ -302,17 +216,13 @@ _TASKS: dict[str, type[Task]] = {
     "regression": WholeText,
     "token_classification": Tokens,
     "question_answering": Answering,
+    "masked_lm": MaskedLM,
+    "causal_lm": CausalLM,
 }
 
 
 def task_for(recipe: Recipe, train: Split | None = None) -> Task:
-    """The recipe's task, its labels taken from the training split.
-
-    Raises:
-        RecipeError: a task that has its place in the recipe and does not run yet.
-    """
-    if recipe.task not in _TASKS:
-        raise RecipeError(f"{recipe.origin('task')}: task: {recipe.task} does not run yet", allowed=_TASKS)
+    """The recipe's task, its labels taken from the training split."""
     if train is None:
         return _TASKS[recipe.task](recipe.task, Labels(()))
     task = _TASKS[recipe.task](recipe.task, Labels.of_training(recipe.task, train))

@@ -157,19 +157,21 @@ def _peft_type(folder: Path) -> str | None:
 
 def _limits(result: Result) -> str:
     shown = ", ".join(markdown_text(language_name(score.language)) for score in result.zero_shot)
+    raw = any(score.base is not None for score in result.scores)
     lines = [
-        f"Labels were seen in {markdown_text(language_name(result.source))} only."
-        + (f" The scores in {shown} are zero-shot." if shown else "")
+        f"{'Text was read' if raw else 'Labels were seen'} in {markdown_text(language_name(result.source))} only."
+        + (f" The scores in {shown} are zero-shot." if shown and not raw else "")
         + " Nothing is known of other languages, nor of text unlike that of the test sets.",
         "The intervals say how much the score may move with other test items. They do not cover the seed of the"
         f" training: this is one run (seed {result.seed}).",
     ]
     if result.selected_on:
         chosen = ", ".join(markdown_text(language_name(tag)) for tag in result.selected_on)
-        lines.append(f"Choices (checkpoint, settings) were made on labels in {chosen}.")
+        lines.append(f"Choices (checkpoint, settings) were made on {'text' if raw else 'labels'} in {chosen}.")
     if result.forgetting is None:
         lines.append("What the model could do before and can no longer do was not measured.")
-    lines.append("It repeats what is wrong or unfair in its labels and in the text that the pretrained model has read.")
+    read = "the text that it was trained on" if raw else "its labels"
+    lines.append(f"It repeats what is wrong or unfair in {read} and in the text that the pretrained model has read.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of labelled tasks, written as functions of *how often each item is counted*.
+"""Metrics of labelled tasks and of language models, written as functions of *how often each item is counted*.
 
 A metric takes multiplicities ``w`` of shape (resamples, n) and returns one value per row. A row of ones is the score
 of the test set; rows drawn with replacement are the bootstrap (`graftlm.evaluation.transfer`), 2,000 of them in one
@@ -48,6 +48,10 @@ METRICS = {
         Metric("token_accuracy", "token accuracy"),
         Metric("f1", "answer F1"),
         Metric("exact_match", "exact match"),
+        Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
+        Metric("nats_per_token", "nats per token", percent=False, higher_is_better=False),
+        Metric("masked_bits_per_byte", "bits per masked byte", percent=False, higher_is_better=False),
+        Metric("nats_per_masked_token", "nats per masked token", percent=False, higher_is_better=False),
     )
 }
 
@@ -57,6 +61,8 @@ _BY_TASK = {
     "regression": ("pearson", "spearman", "rmse"),
     "token_classification": ("entity_f1", "token_accuracy"),
     "question_answering": ("f1", "exact_match"),
+    "causal_lm": ("bits_per_byte", "nats_per_token"),
+    "masked_lm": ("masked_bits_per_byte", "nats_per_masked_token"),
 }
 TASKS = tuple(_BY_TASK)
 
@@ -70,7 +76,7 @@ def metrics_for(task: str, labels: Sequence | None = None) -> tuple[str, ...]:
             ``E``, ``S``, ``L``, ``U``) are scored as entities, other tags (parts of speech) as tokens.
 
     Raises:
-        SetupError: the task has no labels to score against (language modelling) or is unknown.
+        SetupError: an unknown task.
 
     >>> metrics_for("classification")
     ('accuracy', 'macro_f1')
@@ -91,8 +97,9 @@ def statistics(task: str, labels: Sequence, predictions: Sequence) -> dict[str, 
         task: one of `TASKS`.
         labels: n gold labels. classification: class names or ids. multi_label: 0/1 of shape (n, classes). regression:
             numbers. token_classification: a list of tags per item. question_answering: an answer or a list of accepted
-            answers per item (none: unanswerable).
-        predictions: n predictions in the same form (question answering: one string each).
+            answers per item (none: unanswerable). Language modelling: bytes per document.
+        predictions: n predictions in the same form (question answering: one string each; language modelling: nats,
+            bytes and tokens that were scored, see `graftlm.evaluation.bits_per_byte`).
 
     Raises:
         DataError: empty, unequal lengths, names against ids, labels that are not finite, or shapes that do not fit.
@@ -114,23 +121,24 @@ def statistics(task: str, labels: Sequence, predictions: Sequence) -> dict[str, 
         "regression": _regression,
         "token_classification": _token_classification,
         "question_answering": _question_answering,
+        "causal_lm": _language_modelling,
+        "masked_lm": _language_modelling,
     }[task]
     made = make(labels, predictions)
-    return {name: made[name] for name in names}
+    return {name: made[name.replace("masked_", "")] for name in names}
 
 
 def majority(task: str, train_labels: Sequence, labels: Sequence) -> float | None:
     """Primary metric of whoever answers with the most frequent training label, whatever the text says.
 
     Multi-label: the single most frequent label, for every item. Token classification: the most frequent tag, for every
-    token. Ties go to the label that sorts first. None where no such answer exists (question answering) or the metric
-    is undefined for a constant (correlations).
+    token. Ties go to the label that sorts first. None where no such answer exists (question answering, language
+    modelling) or the metric is undefined for a constant (correlations).
 
     >>> majority("classification", ["a", "b", "b"], ["a", "b", "a", "a"])
     0.25
     """
-    if task in ("regression", "question_answering"):
-        metrics_for(task)
+    if task in ("regression", "question_answering", "causal_lm", "masked_lm"):
         return None
     if task == "multi_label":
         guess: Any = np.zeros(np.shape(labels))
@@ -324,6 +332,18 @@ def _question_answering(labels: Sequence[str | Sequence[str]], predictions: Sequ
         dtype=float,
     )
     return {"f1": _mean(best[:, 0]), "exact_match": _mean(best[:, 1])}
+
+
+def _language_modelling(labels: Sequence[int], predictions: Sequence[Sequence[float]]) -> dict[str, Statistic]:
+    table = np.asarray(predictions, dtype=float)
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise DataError("language modelling needs nats, bytes and tokens per document", found=table.shape)
+    nats, size, tokens = table.T
+    nats = np.where(np.isfinite(nats), nats, np.nan)  # a run that diverged: no score, rather than no result
+    return {
+        "bits_per_byte": lambda w: _divide(w @ nats, w @ size) / np.log(2),
+        "nats_per_token": lambda w: _divide(w @ nats, w @ tokens),
+    }
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

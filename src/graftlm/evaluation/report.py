@@ -78,7 +78,7 @@ def _page(folder: Path) -> dict[str, Any]:
         "scores_picture": drawn(pictures.scores(result), "scores", _scores_label(result)) if result.scores else None,
         "has": {
             name: any(getattr(score, name) is not None for score in result.scores)
-            for name in ("majority", "standard", "gain")
+            for name in ("majority", "standard", "gain", "base")
         },
         "forgetting": [
             (language_name(key), *_parts(value, result, signed=True))
@@ -114,10 +114,9 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
     known = [score for score in result.zero_shot if result.primary(score).value is not None]
     if known:
         mean = statistics.fmean(value for s in known if (value := result.primary(s).value) is not None)
+        without = "beside it" if any(score.base for score in known) else "without labels"
         name = (
-            f"mean of {count(len(known))} languages without labels"
-            if len(known) > 1
-            else language_name(known[0].language)
+            f"mean of {count(len(known))} languages {without}" if len(known) > 1 else language_name(known[0].language)
         )
         tiles.append((number(mean, metric), unit, name))
     gains = [score.gain.value for score in known if score.gain and score.gain.value is not None]
@@ -180,6 +179,8 @@ def _scores(result: Result) -> list[dict[str, Any]]:
             "standard": _parts(score.standard, result)[0],
             "gain": _parts(score.gain, result, signed=True),
             "certain": score.gain is not None and leaves_zero_out(score.gain),
+            "base": _parts(score.base, result)[0],
+            "change": _parts(score.change, result, signed=True),
         }
         for score in result.ranked
     ]

@@ -28,7 +28,7 @@ class Score(Record):
     language: str = Field(description="language tag as in the recipe, for example `deu`")
     split: str = Field("test", description="the split scored")
     n: int = Field(ge=0, description="number of items")
-    is_source: bool = Field(description="whether the training labels were in this language")
+    is_source: bool = Field(description="whether the training labels, or the training text, were in this language")
     metrics: dict[str, Interval] = Field(description="metric → value with interval; all metrics of the task")
     majority: Number = Field(
         None, description="primary metric of always answering the most frequent training label; null: no such answer"
@@ -39,6 +39,13 @@ class Score(Record):
     gain: Interval | None = Field(
         None,
         description="primary metric minus `standard`, positive is better; paired over the same items; null: not run",
+    )
+    base: Interval | None = Field(
+        None, description="primary metric of the pretrained model itself; null: it cannot be scored on this task"
+    )
+    change: Interval | None = Field(
+        None,
+        description="how much better than `base`, positive is better; paired over the same items; null: no `base`",
     )
 
 
@@ -85,7 +92,7 @@ class Result(Record):
     model: str | None = Field(None, description="the pretrained model, as in the recipe")
     task: str = Field(description="the recipe's task, for example `classification`")
     metric: str = Field(description="the primary metric, a key of `scores[].metrics`")
-    source: str = Field(description="language of the training labels")
+    source: str = Field(description="language of the training labels, or of the training text")
     selected_on: tuple[str, ...] = Field(
         (), description="languages whose labels a choice was made on (checkpoint, learning rate); empty: no choice"
     )
@@ -93,7 +100,7 @@ class Result(Record):
     scores: tuple[Score, ...] = Field(description="one entry per language and split")
     forgetting: dict[str, Interval] | None = Field(
         None,
-        description="per language or domain, change of what it could do before; negative: loss; null: not measured",
+        description="per language that the model knew before, its `change`; negative: loss; null: not measured",
     )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")

@@ -31,6 +31,8 @@ def with_unit(value: float | None, result: Result, *, signed: bool = False) -> s
 
 def summary(result: Result) -> list[str]:
     """What came out, in sentences: the source language, best and worst elsewhere, gain over standard training."""
+    if any(score.base is not None for score in result.scores):
+        return _language_model(result)
     metric = metric_of(result.metric)
     task = result.task.replace("_", " ")
     source = next((score for score in result.scores if score.is_source), None)
@@ -60,6 +62,24 @@ def summary(result: Result) -> list[str]:
         sentence = f"Against standard training the gain in {where} is {with_unit(mean, result, signed=True)}"
         sentence += " on average" if len(gains) > 1 else ""
         sentences.append(f"{sentence}; {_clear(gains)}.")
+    return sentences
+
+
+def _language_model(result: Result) -> list[str]:
+    """What a language model learned from raw text, and what it forgot."""
+    metric, source = metric_of(result.metric), language_name(result.source)
+    sentences = [f"{result.model or 'The model'} was trained on raw text in {source}."]
+    old = set(result.forgetting or ())
+    for score in result.ordered:
+        value, base, change = result.primary(score), score.base, score.change
+        if value.value is None or base is None or base.value is None or change is None or change.value is None:
+            continue
+        moved = with_unit(abs(change.value), result)
+        what = f"{moved} fewer" if change.value >= 0 else f"{moved} more"
+        sentences.append(
+            f"In {language_name(score.language)}{', which it knew before,' if score.language in old else ''} it needs"
+            f" {with_unit(value.value, result)} {metric.title}, {what} than before; {_clear([change])}."
+        )
     return sentences
 
 

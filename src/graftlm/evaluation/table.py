@@ -127,6 +127,8 @@ class ScoreTable:
             metric.title,
             *(metric_of(name).title for name in others),
             "majority",
+            "base",
+            "change",
             "standard",
             "gain",
         )
@@ -138,12 +140,18 @@ class ScoreTable:
                 number(score.metrics[key].value if key in score.metrics else None, metric_of(key)) for key in others
             )
             standard = score.standard.value if score.standard else None
+            base = score.base.value if score.base else None
             numbers = (interval_text(result.primary(score), metric), *more, number(score.majority, metric))
+            numbers += (number(base, metric), interval_text(score.change, metric, signed=True))
             rows.append((name, *numbers, number(standard, metric), interval_text(score.gain, metric, signed=True)))
         kept = [i for i in range(len(columns)) if i < 2 or any(row[i] != MISSING for row in rows)]
         sizes = sorted({score.n for score in result.scores})
         caption = ("Percent; " if metric.percent else "") + "95 % bootstrap interval over items in brackets"
         caption += f" ({sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''} items)." if sizes else "."
+        if any(score.change for score in result.scores):
+            caption += (
+                " Fewer bits are better; base is the pretrained model, the change is paired with it, + is better."
+            )
         if any(score.gain for score in result.scores):
             caption += " The gain is paired with standard training on the same items."
         shown = tuple(tuple(row[i] for i in kept) for row in rows)
