@@ -23,6 +23,8 @@ from .recipe import load_recipe as load_recipe
 from .run import run_recipe as run_recipe
 from .sources.esm import EmbeddingSpaceMap as EmbeddingSpaceMap
 from .sources.pool import SourcePool as SourcePool
+from .sources.rank import rank_source_tasks as rank_source_tasks
+from .sources.result import Ranking as Ranking
 from .study.compare import compare as compare
 from .study.plan import Study as Study
 from .study.plan import load_study as load_study

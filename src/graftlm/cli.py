@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from graftlm import cli_sources
 from graftlm.errors import GraftError, RecipeError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List the recipes that come with graftlm, or copy one.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.command("rank")(cli_sources.rank)
+app.add_typer(cli_sources.pool_app, name="pool")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; `graftlm recipes` lists examples.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="seed=1 training.epochs=5 …")]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -76,22 +77,26 @@ def by_svd(features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n tar
     rows = len(features)
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
     values = singular**2
-    projected = left.T @ targets
-    outside = ((targets - left @ projected) ** 2).sum(axis=0)
     total = (targets**2).sum(axis=0)
     silent = -rows * np.log(total)  # h for t → ∞
-    if not values.any():
-        return Evidence(per_row(silent, rows), np.full(len(total), np.inf))
-    grid = grid_of(FLOOR * float(values[0]), float(values[0]))
     heights, ratios = silent.copy(), np.full(len(total), np.inf)
+    if not np.isfinite(values).all():
+        return Evidence(np.full(len(total), np.nan), ratios)
+    if not values.any():
+        return Evidence(per_row(silent, rows), ratios)
+    projected = left.T @ targets
+    outside = ((targets - left @ projected) ** 2).sum(axis=0)
+    grid = grid_of(FLOOR * float(values[0]), float(values[0]))
     for column, (square, rest) in enumerate(zip((projected**2).T, outside, strict=True)):
-
-        def profile(at: float, square: np.ndarray = square, rest: float = rest) -> float:
-            t = np.exp(at)
-            residual = t * (square / (t + values)).sum() + rest
-            return -rows * np.log(residual) - np.log1p(values / t).sum()
-
+        profile = partial(_height, values, square, float(rest), rows)
         where, highest = climb(profile, grid, np.array([profile(at) for at in grid]))
         if highest > silent[column]:
             heights[column], ratios[column] = highest, np.exp(where)
     return Evidence(per_row(heights, rows), ratios)
+
+
+def _height(values: np.ndarray, square: np.ndarray, rest: float, rows: int, at: float) -> float:
+    """h at log t, from eigenvalues and what of the column lies in their directions and outside."""
+    t = np.exp(at)
+    residual = t * (square / (t + values)).sum() + rest
+    return -rows * np.log(residual) - np.log1p(values / t).sum()

@@ -11,6 +11,7 @@ often so much larger than the rest that they would eat up its digits, and whatev
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,29 +110,32 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
     """
     silent = -rows * np.log(squares)
     heights, ratios = silent.copy(), np.full(len(squares), np.inf)
-    if shifted.largest <= 0:
+    if not 0 < shifted.largest <= shifted.scale < np.inf:
         return Evidence(per_row(heights, rows), ratios, np.inf)
-
-    def h(t: float, determinant: float, quadratic: Any, square: Any) -> Any:
-        residual = t * quadratic if dual else square - quadratic
-        least = np.finfo(float).eps * square  # what is smaller has no digit left, and `lost` says so
-        return -rows * np.log(np.maximum(residual, least)) - determinant + shifted.size * np.log(t), residual
-
     grid = grid_of(_FLOOR * shifted.largest, shifted.scale)
-    values = np.array([h(t, *shifted.at(t), squares)[0] for t in np.exp(grid)]).T
+    values = np.array([_heights(shifted, squares, rows, dual, None, at)[0] for at in grid]).T
     lost = 0.0
     for column, square in enumerate(squares):
         if not np.isfinite(values[column]).all() or values[column, 0] >= values[column, 1]:
             return Evidence(per_row(heights, rows), ratios, np.inf)  # a peak below the floor
-
-        def profile(at: float, column: int = column, square: float = square) -> float:
-            t = float(np.exp(at))
-            return float(h(t, *shifted.at(t, column), square)[0][0])
-
+        profile = partial(_height, shifted, square, rows, dual, column)
         where, highest = climb(profile, grid, values[column])
         if highest > silent[column]:
             t = float(np.exp(where))
             heights[column], ratios[column] = highest, t
-            residual = h(t, *shifted.at(t, column), square)[1][0]
+            residual = _heights(shifted, square, rows, dual, column, where)[1][0]
             lost = max(lost, shifted.largest / t + square / max(residual, np.finfo(float).tiny))
     return Evidence(per_row(heights, rows), ratios, lost)
+
+
+def _heights(shifted: Shifted, square: Any, rows: int, dual: bool, column: int | None, at: float) -> Any:
+    """h and R of all columns, or of one, at log t."""
+    t = float(np.exp(at))
+    determinant, quadratic = shifted.at(t, column)
+    residual = t * quadratic if dual else square - quadratic
+    least = np.finfo(float).eps * square  # what is smaller has no digit left, and `lost` says so
+    return -rows * np.log(np.maximum(residual, least)) - determinant + shifted.size * at, residual
+
+
+def _height(shifted: Shifted, square: float, rows: int, dual: bool, column: int, at: float) -> float:
+    return float(_heights(shifted, square, rows, dual, column, at)[0][0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Embedder:
         else:
             self.name = str(model)
             model, tokenizer, fresh = _load(self.name, tokenizer, dtype, device)
-        self._core: Any = _core(model)
+        self._whole, self._core = model, _core(model)
         self._tokenizer = tokenizer
         config = self._core.config
         self.pooling = self._pooling(pooling, config, fresh)
@@ -99,14 +99,7 @@ class Embedder:
         Raises:
             DataError: no text, a text that is no string, or one in which the tokenizer finds no token.
         """
-        ids = self.token_ids(texts)
-        found = np.empty((len(ids), self.width), dtype=np.float32)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)  # little is padded
-        starts = range(0, len(order), self._batch_size)
-        with _at_rest(self._core), torch.inference_mode():
-            for start in tqdm(starts, desc="embeddings", unit="batch", disable=not self._progress):
-                rows = order[start : start + self._batch_size]
-                found[rows] = self._forward([ids[row] for row in rows]).float().cpu().numpy()
+        found = self.apply(texts, self._pooled, self.width).astype(np.float32)
         if not (finite := np.isfinite(found).all(axis=1)).all():
             raise ModelError(
                 f"{self.name} gives NaN or infinite embeddings",
@@ -132,23 +125,36 @@ class Embedder:
             raise DataError("a text without any token", found=f"row {shortest}: {texts[shortest]!r}")
         return ids
 
-    def _forward(self, ids: list[list[int]]) -> Tensor:
-        width = max(map(len, ids))
+    def apply(self, texts: Sequence[str], function: Callable[[dict[str, Tensor]], Tensor], width: int) -> np.ndarray:
+        """(n, width): what a function makes of batches of input ids and attention masks, in the order of the texts."""
+        ids = self.token_ids(texts)
+        found = np.empty((len(ids), width))
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)  # little is padded
+        starts = range(0, len(order), self._batch_size)
+        with _at_rest(self._whole), torch.inference_mode():
+            for start in tqdm(starts, desc="embeddings", unit="batch", disable=not self._progress):
+                rows = order[start : start + self._batch_size]
+                found[rows] = function(self._batch([ids[row] for row in rows])).double().cpu().numpy()
+        return found
+
+    def _batch(self, ids: list[list[int]]) -> dict[str, Tensor]:
         device = next(self._core.parameters()).device
-        tokens = torch.full((len(ids), width), self._pad)
+        tokens = torch.full((len(ids), max(map(len, ids))), self._pad)
         mask = torch.zeros_like(tokens)
         for row, one in enumerate(ids):  # on the right, whatever the tokenizer likes: positions count from the left
             tokens[row, : len(one)] = torch.tensor(one)
             mask[row, : len(one)] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
-        outputs = self._core(input_ids=tokens, attention_mask=mask)
+        return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+    def _pooled(self, inputs: dict[str, Tensor]) -> Tensor:
+        outputs, mask = self._core(**inputs), inputs["attention_mask"]
         if self.pooling == "pooler":
             return outputs.pooler_output
         states = outputs.last_hidden_state
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "last":
-            return states[torch.arange(len(ids), device=device), mask.sum(1) - 1]
+            return states[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
         return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def _pooling(self, asked: str, config, fresh: set[str]) -> str:
