@@ -1,4 +1,5 @@
 from .adapters.bottleneck import BottleneckConfig as BottleneckConfig
+from .adapters.stack import stack as stack
 from .architectures import Architecture as Architecture
 from .architectures import describe as describe
 from .errors import DataError as DataError

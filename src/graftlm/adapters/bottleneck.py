@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from graftlm.adapters import checkpoint, registry
+from graftlm.adapters import checkpoint, invertible, registry
 from graftlm.adapters.layer import AdapterLayer, new_linear, no_merge
 from graftlm.architectures import Sublayer, describe, sublayers
 from graftlm.errors import ModelError, SetupError
@@ -58,7 +58,8 @@ class BottleneckConfig(PeftConfig):
         activation: φ, a name of transformers' ``ACT2FN``.
         dropout: probability with which entries of A(h) are dropped in training.
         scaling: the constant c.
-        invertible: also an invertible adapter at the embeddings, see `graftlm.adapters.invertible.Invertible`.
+        invertible: also an invertible adapter at the embeddings, undone in front of a language model's output matrix;
+            see `graftlm.adapters.invertible.Invertible`.
         layers_to_transform: numbers of the layers that get an adapter (0 = bottom; in an encoder-decoder of both
             stacks); None = all.
         exclude_modules: modules that get none: a list of names or endings of names, or a regular expression for whole
@@ -100,6 +101,7 @@ class BottleneckConfig(PeftConfig):
     activation: str = "relu"
     dropout: float = 0.0
     scaling: float = 1.0
+    invertible: bool = False
     layers_to_transform: list[int] | int | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = field(default=None)
@@ -219,12 +221,18 @@ class BottleneckModel(BaseTuner):
         """Called before anything is changed: everything that can be wrong is found here."""
         self._width = width_of(model)
         self._places = {place.name: place for place in places(model, peft_config)}
+        self._embeddings = invertible.place_of(model) if peft_config.invertible else None
+        self._output = (invertible.output_of(model),)  # in a tuple: it belongs to another module
+        if peft_config.invertible or any(isinstance(module, invertible.Invertible) for module in model.modules()):
+            invertible.check_output(model, peft_config.modules_to_save or ())
+        leaves = {f"{name}.{leaf}": shape for name in self._places for leaf, shape in self._leaves(peft_config)}
+        if self._embeddings is not None:
+            leaves |= {f"{self._embeddings}.{leaf}": shape for leaf, shape in invertible.leaves(self._width)}
         further = len(self.peft_config) > 1
         if further and peft_config.task_type in _HEADS and not peft_config.modules_to_save:
             peft_config.modules_to_save = list(_HEADS[peft_config.task_type])  # as PEFT does for the first one
         if peft_config._read_from is not None:
-            shapes = {f"{name}.{leaf}": shape for name in self._places for leaf, shape in self._leaves(peft_config)}
-            checkpoint.check_file(peft_config, model, shapes, self._width, headless=further)
+            checkpoint.check_file(peft_config, model, leaves, self._width, headless=further)
             peft_config._read_from = None
 
     def _leaves(self, config: BottleneckConfig) -> list[tuple[str, tuple[int, ...]]]:
@@ -237,6 +245,8 @@ class BottleneckModel(BaseTuner):
         ]
 
     def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> Any:
+        if key == self._embeddings:
+            return True
         return check_target_module_exists(_selection(peft_config, set(self._places)), key)
 
     def _create_and_replace(
@@ -249,17 +259,23 @@ class BottleneckModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, Bottleneck):
+        if isinstance(target, AdapterLayer):
             target.update_layer(adapter_name, peft_config, self._width)
             return
-        place = self._places[current_key]
-        layer = AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
+        layer: AdapterLayer
+        if current_key == self._embeddings:
+            layer = invertible.Invertible(target, *self._output)
+        else:
+            place = self._places[current_key]
+            layer = AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
         layer.update_layer(adapter_name, peft_config, self._width)
         layer.set_adapter(self.active_adapters)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
+        if isinstance(child, AdapterLayer):
+            child.release()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates adapters, bottom first; the last one trains, and its head is used."""

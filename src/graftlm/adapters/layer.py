@@ -36,6 +36,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    def update_layer(self, adapter: str, config: Any, width: int) -> None:
+        """Adds one adapter for a model of this width."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Called when the layer is taken off its module."""
+
     def leaves(self, adapter: str) -> dict[str, nn.Module]:
         """The trainable modules of one adapter in this layer: role → module; empty if it has none here."""
         found = {role: getattr(self, role) for role in self.adapter_layer_names}
