@@ -449,7 +449,7 @@ def test_a_decoder_without_padding_token_classifies(tmp_path):
 
 def test_the_starter_model_takes_an_adapter(tmp_path):
     recipe = load_recipe(shipped()["demo"])
-    task = task_for(recipe, graftlm.run.load_split(recipe, recipe.data.train, "train"))
+    task = task_for(recipe, graftlm.prepare.load_split(recipe, recipe.data.train, "train"))
     loaded = load_model(recipe, task, load_tokenizer(recipe))
     assert "classifier" in loaded.fresh
     assert loaded.targets == ("query", "value")
@@ -473,7 +473,7 @@ def test_the_starter_model_takes_an_adapter(tmp_path):
         ),
         ("unfreezing={schedule: gradual, every_n_steps: 33}", RecipeError, r"(?s)in a run of 32 steps.*up to 10"),
         ("output.report_to=[nothing]", RecipeError, "no such tracker"),
-        ("task=masked_lm", RecipeError, r"(?s)does not run yet.*question_answering"),
+        ("task=masked_lm", ModelError, r"(?s)no language-model head.*without cls"),
     ],
 )
 def test_what_is_refused_before_training(tmp_path, override, error, expected):
