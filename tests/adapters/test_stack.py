@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from adapters.bottlenecks import adapted, outputs, randomised, reference, weights_of
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ARCHITECTURES, tiny_batch, tiny_model
+from transformers import Trainer, TrainingArguments
 
 import graftlm
 from graftlm.errors import SetupError
@@ -65,7 +67,7 @@ def test_only_the_top_trains_and_its_head_is_used():
     names = trained(model)
     assert len(names) == 12 + 2 and all(".sentiment." in name for name in names)
     assert any("classifier" in name for name in names)
-    assert model.active_adapters == ["lang_de", "sentiment"]
+    assert model.base_model.stacked("sentiment") == ["lang_de", "sentiment"]
     model.train()(**batch).loss.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(names)
     before = outputs(model, batch)
@@ -138,7 +140,6 @@ def test_disable_adapter_around_a_stack():
         assert torch.equal(outputs(model, batch), plain)
     assert torch.equal(outputs(model, batch), wanted)
     assert trained(model) == names
-    assert model.active_adapters == ["lang_de", "sentiment"]
 
 
 def test_the_members_can_be_deleted_and_switched_by_peft():
@@ -146,10 +147,51 @@ def test_the_members_can_be_deleted_and_switched_by_peft():
     model.set_adapter("sentiment")
     alone = outputs(model, batch)
     graftlm.stack(model, ["lang_de", "sentiment"])
-    assert not torch.equal(outputs(model, batch), alone)
+    stacked = outputs(model, batch)
+    assert not torch.equal(stacked, alone)
+    model.set_adapter("lang_de")
+    assert all(".lang_de." in name for name in trained(model))
+    model.set_adapter("sentiment")  # the stack is its own
+    assert torch.equal(outputs(model, batch), stacked)
+    assert all(".sentiment." in name for name in trained(model))
+    graftlm.stack(model, ["sentiment"])
+    assert torch.equal(outputs(model, batch), alone)
+    graftlm.stack(model, ["lang_de", "sentiment"])
     model.delete_adapter("lang_de")
     assert torch.equal(outputs(model, batch), alone)
-    assert model.active_adapters == ["sentiment"]
+    model.set_adapter("sentiment")
+    assert torch.equal(outputs(model, batch), alone)
+
+
+def test_a_trainer_resumes_a_stack(tmp_path):
+    """Trainer reloads every adapter and activates one by its name: with the bottom one active it would train that."""
+    rows = Dataset.from_dict({k: v.tolist() for k, v in tiny_batch("bert", batch_size=16).items()}).with_format("torch")
+
+    def train(folder, **more):
+        model = pair()
+        graftlm.stack(model, ["lang_de", "sentiment"])
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=0.01,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, train_dataset=rows).train(**more)
+        assert all(".sentiment." in name for name in trained(model))
+        return weights_of(model, "lang_de"), weights_of(model, "sentiment")
+
+    whole, fresh = train("whole"), pair()
+    resumed = train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, tensor in weights_of(fresh, "lang_de").items():
+        assert torch.equal(resumed[0][name], tensor) and torch.equal(whole[0][name], tensor)
+    for name, tensor in weights_of(fresh, "sentiment").items():
+        torch.testing.assert_close(resumed[1][name], whole[1][name])
+        assert not torch.equal(whole[1][name], tensor)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ class BottleneckModel(BaseTuner):
             place = self._places[current_key]
             layer = AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
         layer.update_layer(adapter_name, peft_config, self._width)
-        layer.set_adapter(self.active_adapters)
+        layer.set_adapter([name for top in self.active_adapters for name in self.stacked(top)])
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -277,14 +277,35 @@ class BottleneckModel(BaseTuner):
         if isinstance(child, AdapterLayer):
             child.release()
 
+    def stacked(self, adapter: str) -> list[str]:
+        """The adapter and those that `graftlm.stack` has put below it, bottom first."""
+        return [*self.__dict__.get("_below", {}).get(adapter, ()), adapter]
+
+    def stack(self, adapters: Sequence[str], inference_mode: bool = False) -> None:
+        """Puts all but the last one below that, and activates it; see `graftlm.stack`."""
+        self.__dict__.setdefault("_below", {})[adapters[-1]] = list(adapters[:-1])
+        self.set_adapter(adapters[-1], inference_mode=inference_mode)
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates adapters, bottom first; the last one trains, and its head is used."""
+        """Activates an adapter with those below it; of several, bottom first, makes a stack."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        super().set_adapter(names[-1] if names else [], inference_mode=inference_mode)
+        if len(names) > 1:
+            self.stack(names, inference_mode)
+            return
+        super().set_adapter(names[0] if names else [], inference_mode=inference_mode)
+        # PEFT and Trainer know the top one as the active adapter: they save, load and switch it by its name.
         for module in self.model.modules():
-            if isinstance(module, AdapterLayer):
-                module.set_adapter(names, inference_mode=inference_mode)
-        self.active_adapter = names if len(names) > 1 else adapter_name
+            if names and isinstance(module, AdapterLayer):
+                module.set_adapter(self.stacked(names[0]), inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, from under others too."""
+        super().delete_adapter(adapter_name)
+        below = self.__dict__.get("_below", {})
+        below.pop(adapter_name, None)
+        for names in below.values():
+            if adapter_name in names:
+                names.remove(adapter_name)
 
     def _check_merge_allowed(self) -> None:
         raise no_merge()

@@ -21,8 +21,10 @@ def stack(model: nn.Module, adapters: Sequence[str], *, inference_mode: bool = F
 
     So an adapter below acts through those above it: with a fresh one on top (U = 0) the model equals its base. Parallel
     adapters do not read each other: their parts add up. A layer that some of them do not have is passed on to the next.
-    The head in use (`modules_to_save`) is that of the last adapter, or the model's own if it has none. The call can be
-    repeated with other adapters at any time, such as another language at test time.
+    The head in use (`modules_to_save`) is that of the last adapter, or the model's own if it has none.
+
+    The stack belongs to its last adapter: whenever PEFT or a Trainer activates that one by its name, those below it are
+    active too. Another call changes it, such as another language at test time; ``stack(model, [NAME])`` ends it.
 
     Args:
         model: a `PeftModel` with `graftlm.BottleneckConfig` adapters, also inside DDP or `torch.compile`.
@@ -78,5 +80,5 @@ def stack(model: nn.Module, adapters: Sequence[str], *, inference_mode: bool = F
             found=", ".join(f"{name}: {kind}" for name, kind in kinds.items()),
             allowed="adapters of one kind",
         )
-    peft_model.base_model.set_adapter(list(adapters), inference_mode=inference_mode)
-    peft_model.active_adapter = adapters[-1]  # PEFT looks its configuration up under this name
+    peft_model.base_model.stack(adapters, inference_mode=inference_mode)
+    peft_model.active_adapter = adapters[-1]
