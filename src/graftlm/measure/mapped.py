@@ -75,7 +75,9 @@ class MappedEvidence:
     def linear(self, weight: Float[np.ndarray, "out d"], bias: Float[np.ndarray, " out"]) -> Evidence:
         """The evidence of XWᵀ + 1bᵀ."""
         found = self._linear(weight, bias, self.precision)
-        if self.precision == "float32" and found.lost > _LIMIT["float32"]:
+        if self.precision == "float32":
+            if found.lost <= _LIMIT["float32"]:
+                return found
             self.fallbacks += 1
             found = self._linear(weight, bias, "float64")
         return self._checked(found, lambda: (self._unmapped() @ weight.T.astype(float)) + bias)
@@ -101,7 +103,7 @@ class MappedEvidence:
         return self._centred + self.mean
 
     def _checked(self, found: Evidence, features) -> Evidence:
-        if found.lost <= _LIMIT["float64" if self.precision == "float64" else "float32"]:
+        if found.lost <= _LIMIT["float64"]:
             return found
         self.fallbacks += 1
         return by_svd(features(), self._targets)
@@ -112,17 +114,18 @@ class MappedEvidence:
         mean = exact @ self.mean + bias
         if self._dual:
             base = self._single_factor if precision == "float32" else self._centred
-            mapped = base @ same.T
+            mapped = (base @ same.T).T
             ones = np.ones(self.rows)
             sides = np.column_stack([self._targets, ones, self._centred @ (exact.T @ mean)])
             core = np.array([[mean @ mean, 1.0], [1.0, 0.0]])
         else:
             base = self._single_factor if precision == "float32" else self._factor
             multiply = blas.strmm if precision == "float32" else blas.dtrmm
-            mapped = multiply(1.0, base, same.T, side=0, lower=1, trans_a=1).T  # WL, as (LᵀWᵀ)ᵀ
+            mapped = multiply(1.0, base, same.T, side=0, lower=1, trans_a=1)  # LᵀWᵀ
             sides = np.column_stack([exact @ self._moments + np.outer(mean, self._sums), mean])
             core = np.array([[float(self.rows)]])
-        diagonal, beside, rotated = tridiagonal(mapped @ mapped.T, sides)
+        square = blas.ssyrk if precision == "float32" else blas.dsyrk
+        diagonal, beside, rotated = tridiagonal(square(1.0, mapped, trans=1, lower=1), sides)
         return self._maximised(diagonal, beside, rotated, core)
 
     def _low_rank(self, up: np.ndarray | None, down: np.ndarray | None, bias: np.ndarray) -> Evidence:

@@ -11,7 +11,7 @@ often so much larger than the rest that they would eat up its digits, and whatev
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -42,49 +42,73 @@ class Shifted:
         update: Float[np.ndarray, "m r"],
         core: Float[np.ndarray, "r r"],
     ):
-        self._diagonal, self._beside, self._core = diagonal, beside, core
-        self.targets = columns.shape[1]
-        self._sides = np.asfortranarray(np.concatenate([columns, update], axis=1))
-        single = [np.asfortranarray(np.concatenate([column[:, None], update], axis=1)) for column in columns.T]
-        self._single = single
         self.size = len(diagonal)
+        self._diagonal, self._beside, self._core = diagonal, beside, core
+        self._columns, self._update = columns, update
         wide = np.abs(beside) if beside is not None else np.zeros(max(self.size - 1, 0))
-        bound = (diagonal + np.append(wide, 0) + np.append(0, wide)).max() if self.size else 0.0  # Gershgorin
+        bound = (diagonal + np.append(wide, 0) + np.append(0, wide)).max()  # Gershgorin
         self.largest = float(max(bound, 0.0))  # of the part without the update, whose digits are those of the part
         self.scale = self.largest + float(np.abs(core * (update.T @ update)).sum())
 
-    def at(self, t: float, target: int | None = None) -> tuple[float, Float[np.ndarray, " some"]]:
-        """log det(M + t), and c·(M + t)⁻¹c of all columns or of one."""
-        sides = self._sides if target is None else self._single[target]
-        count = self.targets if target is None else 1
-        if self._beside is None:
-            pivots = self._diagonal + t
-            solved = sides / pivots[:, None]
-        else:
-            pivots, factor, failed = lapack.dpttrf(self._diagonal + t, self._beside)
+    def at(self, t: np.ndarray, target: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """log det(M + t), (T,), and c·(M + t)⁻¹c of all columns or of one, (T, targets), for many t.
+
+        NaN where rounding has left M + t without a positive determinant.
+        """
+        columns = self._columns if target is None else self._columns[:, target : target + 1]
+        solve = self._through_pivots if self._beside is not None else self._through_eigenvalues
+        determinant, quadratic, across, inner = solve(t, columns)
+        if not inner.shape[1]:
+            return determinant, quadratic
+        inner = self._core @ inner
+        inner[:, np.arange(len(self._core)), np.arange(len(self._core))] += 1
+        sign, more = np.linalg.slogdet(inner)
+        good = sign > 0
+        inner[~good] = np.eye(len(self._core))
+        taken = (across * np.linalg.solve(inner, self._core @ across)).sum(axis=1)
+        return np.where(good, determinant + more, np.nan), np.where(good[:, None], quadratic - taken, np.nan)
+
+    def _through_eigenvalues(self, t: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, ...]:
+        """log det, and cᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹U, of the diagonal part."""
+        shifted = self._diagonal + t[:, None]
+        weights = 1 / shifted
+        ranks = self._update.shape[1]
+        across = np.stack([weights @ (self._update * column[:, None]) for column in columns.T], axis=2)
+        inner = (weights @ self._products).reshape(len(t), ranks, ranks)
+        return np.log(shifted).sum(axis=1), weights @ columns**2, across, inner
+
+    @cached_property
+    def _products(self) -> np.ndarray:
+        return (self._update[:, :, None] * self._update[:, None, :]).reshape(self.size, -1)
+
+    def _through_pivots(self, t: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The same of the tridiagonal part."""
+        count, ranks = columns.shape[1], self._update.shape[1]
+        sides = np.asfortranarray(np.concatenate([columns, self._update], axis=1))
+        update = np.ascontiguousarray(self._update.T)
+        determinant, quadratic = np.empty(len(t)), np.empty((len(t), count))
+        against = np.empty((len(t), ranks, count + ranks))
+        for number, one in enumerate(t):
+            pivots, factor, failed = lapack.dpttrf(self._diagonal + one, self._beside)
             if failed:
-                return np.nan, np.full(count, np.nan)
+                determinant[number] = quadratic[number] = against[number] = np.nan
+                continue
             solved, _ = lapack.dpttrs(pivots, factor, sides)
-        determinant = float(np.log(pivots).sum())
-        own, update = sides[:, :count], sides[:, count:]
-        quadratic = np.einsum("ij,ij->j", own, solved[:, :count])
-        if update.shape[1]:
-            inner = np.eye(update.shape[1]) + self._core @ (update.T @ solved[:, count:])
-            across = update.T @ solved[:, :count]
-            sign, more = np.linalg.slogdet(inner)
-            if sign <= 0:
-                return np.nan, np.full(count, np.nan)
-            determinant += more
-            quadratic = quadratic - np.einsum("ij,ij->j", across, np.linalg.solve(inner, self._core @ across))
-        return determinant, quadratic
+            determinant[number] = np.log(pivots).sum()
+            quadratic[number] = np.einsum("ij,ij->j", columns, solved[:, :count])
+            against[number] = update @ solved
+        return determinant, quadratic, against[:, :, :count], against[:, :, count:]
 
 
 def tridiagonal(
     matrix: Float[np.ndarray, "m m"], sides: Float[np.ndarray, "m k"]
 ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " between"], Float[np.ndarray, "m k"]]:
-    """T and Qᵀ·sides with matrix = QTQᵀ, in the precision of `matrix` (overwritten); returned in float64."""
+    """T and Qᵀ·sides with matrix = QTQᵀ, in the precision of `matrix`; returned in float64.
+
+    Only the lower triangle of `matrix` is read; in Fortran's order it is overwritten.
+    """
     if len(matrix) < 3:
-        return np.diagonal(matrix).astype(float), np.diagonal(matrix, 1).astype(float), sides.astype(float)
+        return np.diagonal(matrix).astype(float), np.diagonal(matrix, -1).astype(float), sides.astype(float)
     single = matrix.dtype == np.float32
     reduce, query, rotate = (
         (lapack.ssytrd, lapack.ssytrd_lwork, lapack.sormqr)
@@ -92,7 +116,7 @@ def tridiagonal(
         else (lapack.dsytrd, lapack.dsytrd_lwork, lapack.dormqr)
     )
     work, _ = query(len(matrix), lower=1)
-    reflectors, diagonal, beside, tau, _ = reduce(matrix.T, lower=1, lwork=int(work), overwrite_a=1)
+    reflectors, diagonal, beside, tau, _ = reduce(matrix, lower=1, lwork=int(work), overwrite_a=1)
     rotated = np.array(sides, dtype=float, order="F")
     below = np.asfortranarray(reflectors[1:, :-1])
     lower = np.asfortranarray(sides[1:], dtype=matrix.dtype)
@@ -113,7 +137,7 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
     if not 0 < shifted.largest <= shifted.scale < np.inf:
         return Evidence(per_row(heights, rows), ratios, np.inf)
     grid = grid_of(_FLOOR * shifted.largest, shifted.scale)
-    values = np.array([_heights(shifted, squares, rows, dual, None, at)[0] for at in grid]).T
+    values = _heights(shifted, squares, rows, dual, None, grid)[0].T
     lost = 0.0
     for column, square in enumerate(squares):
         if not np.isfinite(values[column]).all() or values[column, 0] >= values[column, 1]:
@@ -123,19 +147,20 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
         if highest > silent[column]:
             t = float(np.exp(where))
             heights[column], ratios[column] = highest, t
-            residual = _heights(shifted, square, rows, dual, column, where)[1][0]
+            residual = _heights(shifted, square, rows, dual, column, np.array([where]))[1].item()
             lost = max(lost, shifted.largest / t + square / max(residual, np.finfo(float).tiny))
     return Evidence(per_row(heights, rows), ratios, lost)
 
 
-def _heights(shifted: Shifted, square: Any, rows: int, dual: bool, column: int | None, at: float) -> Any:
-    """h and R of all columns, or of one, at log t."""
-    t = float(np.exp(at))
-    determinant, quadratic = shifted.at(t, column)
-    residual = t * quadratic if dual else square - quadratic
-    least = np.finfo(float).eps * square  # what is smaller has no digit left, and `lost` says so
-    return -rows * np.log(np.maximum(residual, least)) - determinant + shifted.size * at, residual
+def _heights(shifted: Shifted, squares: Any, rows: int, dual: bool, target: int | None, at: np.ndarray) -> Any:
+    """h and R of all columns, or of one, at many log t: (points, targets) each."""
+    t = np.exp(at)
+    determinant, quadratic = shifted.at(t, target)
+    residual = t[:, None] * quadratic if dual else squares - quadratic
+    least = np.finfo(float).eps * squares  # what is smaller has no digit left, and `lost` says so
+    fit = -rows * np.log(np.maximum(residual, least))
+    return fit - (determinant - shifted.size * at)[:, None], residual
 
 
-def _height(shifted: Shifted, square: float, rows: int, dual: bool, column: int, at: float) -> float:
-    return float(_heights(shifted, square, rows, dual, column, at)[0][0])
+def _height(shifted: Shifted, square: float, rows: int, dual: bool, target: int, at: np.ndarray) -> np.ndarray:
+    return _heights(shifted, square, rows, dual, target, at)[0][:, 0]
