@@ -1,10 +1,12 @@
 """Bits per byte against loops that feed one prefix at a time, and against distributions whose entropy is known."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from evaluation.made_up_study import write_run
 from lms import lm
 from raw import byte_tokenizer, chain
 from tiny import tiny_tokenizer
@@ -15,7 +17,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.evaluation.bits_per_byte import bits_per_byte, marks, token_bytes, windows
+from graftlm.evaluation.compare_runs import VariantRuns, compare_runs
 from graftlm.evaluation.metrics import statistics
+from graftlm.evaluation.result import Result
 from graftlm.measure.likelihood import IGNORED
 
 CAUSAL = ("llama", "gemma2", "gpt2", "qwen3")
@@ -180,3 +184,34 @@ def test_what_is_refused():
         bits_per_byte(model, tokenizer, ["w1 w2"], max_length=12, stride=8)
     with pytest.raises(SetupError, match="classification"):
         bits_per_byte(model, tokenizer, ["w1 w2"], task="classification")
+
+
+def test_runs_with_other_tokenizers_are_compared_over_the_same_documents(tmp_path):
+    """Two variants of two seeds: fewer bits are better, whatever tokens they are made of."""
+    rng = np.random.default_rng(0)
+    sizes = {"dan": rng.integers(40, 200, size=30), "eng": rng.integers(40, 200, size=30)}
+    bits: dict[tuple[str, int, str], float] = {}
+    variants = []
+    for name, factor, letters in (("words", 2.0, 5), ("bytes", 1.5, 1)):
+        folders = {}
+        for seed in (0, 1):
+            folder = write_run(tmp_path / name / str(seed), {tag: np.ones(30) for tag in sizes}, seed=seed)
+            rows = []
+            for tag, size in sizes.items():
+                nats = size * factor * math.log(2) * rng.uniform(0.9, 1.1, size=30)
+                bits[name, seed, tag] = nats.sum() / math.log(2) / size.sum()
+                said = [[float(a), int(b), int(b) // letters] for a, b in zip(nats, size, strict=True)]
+                rows += [
+                    {"id": i, "language": tag, "label": int(size[i]), "prediction": said[i]} for i in range(len(said))
+                ]
+            (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            update = {"task": "causal_lm", "metric": "bits_per_byte", "source": "dan", "name": f"{name}-{seed}"}
+            Result.read(folder).model_copy(update=update).write(folder)
+            folders[seed] = [folder]
+        variants.append(VariantRuns(name, {}, folders))
+    made = compare_runs("tokenizers", variants, root=tmp_path, planned=4, finished=4, resamples=200)
+    for tag in sizes:
+        mean = {name: np.mean([bits[name, seed, tag] for seed in (0, 1)]) for name in ("words", "bytes")}
+        (found,) = (one for one in made.differences if one.language == tag)
+        assert found.value == pytest.approx(mean["words"] - mean["bytes"]), "positive is better"
+        assert found.low > 0
