@@ -79,7 +79,7 @@ def cosine(first: Float[np.ndarray, " d"], second: Float[np.ndarray, " d"]) -> f
 
 
 def jaccard(first: Set[int], second: Set[int]) -> float:
-    """The share of two vocabularies that is common to both: |A ∩ B| / |A ∪ B|.
+    r"""The share of two vocabularies that is common to both: :math:`|A \cap B| / |A \cup B|`.
 
     >>> jaccard({1, 2, 3}, {2, 3, 4})
     0.5
