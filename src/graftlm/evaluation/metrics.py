@@ -51,7 +51,7 @@ METRICS = {
         Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
         Metric("nats_per_token", "nats per token", percent=False, higher_is_better=False),
         Metric("masked_bits_per_byte", "bits per masked byte", percent=False, higher_is_better=False),
-        Metric("nats_per_masked_token", "nats per masked token", percent=False, higher_is_better=False),
+        Metric("nats_per_masked_token", "nats per mask", percent=False, higher_is_better=False),
     )
 }
 
