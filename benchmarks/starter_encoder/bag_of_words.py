@@ -101,7 +101,7 @@ def main() -> None:
         torch.manual_seed(0)
         student = build_student(material.tokenizer, width=width)
         model = nn.ModuleDict({"student": student, "project": nn.Linear(width, TEACHER_WIDTH)})
-        learn_words(model, material, Namespace(seed=0, cosine=5.0, similarity=1.0))
+        learn_words(model, material, Namespace(seed=0, cosine=5.0, similarity=1.0, passages=2500))
         vectors = {language: mean_word_vectors(student, material.tokenizer, rows) for language, rows in texts.items()}
         row = {"vectors": "words", "vocabulary": vocabulary, "width": width}
         print(json.dumps(row | score_vectors(vectors, labels)), flush=True)

@@ -1,6 +1,6 @@
 """Make the starter encoder: distil a sentence encoder over translations, with masked LM beside it.
 
-    python pretrain.py --data DATA --work WORK --minutes 38 --export ../../src/graftlm/starter/encoder
+    python pretrain.py --data DATA --work WORK --minutes 30 --export ../../src/graftlm/starter/encoder
 
 The vector that is distilled is the pooler's output, which `BertForSequenceClassification` gives to its classifier. It
 is mapped by a throw-away projection to the teacher's vector of the English sentence, whether the student reads the
@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ from transformers import BertForPreTraining, PreTrainedTokenizerFast
 VOCABULARY = 26_624
 BATCH_TOKENS, BATCHES_A_STEP = 1536, 8
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MASKED, UNMASKED_ROWS = 0.15, 0.5
 TEMPERATURE = 0.05
-PAIRS_A_ROUND, PASSAGES_A_ROUND, ENGLISH_A_ROUND, SALADS_A_ROUND = 8000, 1500, 4000, 4000
+PAIRS_A_ROUND, ENGLISH_A_ROUND, SALADS_A_ROUND = 8000, 4000, 4000
 SALADS = 100_000
 WORD_STEPS, WORD_BATCHES, WORD_RATE = 1200, 8, 5e-3
 JOINED, ENGLISH_TOO, RELATED_KEPT = 0.15, 0.4, 0.5
@@ -121,7 +120,7 @@ def rounded_length(length: int) -> int:
     return next(limit for limit in LENGTHS if limit >= length)
 
 
-def draw_batches(material: Material, rng: random.Random) -> Iterator[list[Row]]:
+def draw_batches(material: Material, passages_a_round: int, rng: random.Random) -> Iterator[list[Row]]:
     """Yield batches of rows of one padded length, without end."""
     pairs, passages = endless(material.pairs, rng), endless(material.passages, rng)
     english_only, salads = endless(material.english, rng), endless(material.salads, rng)
@@ -139,7 +138,7 @@ def draw_batches(material: Material, rng: random.Random) -> Iterator[list[Row]]:
             rows.append(Row(sides[1], [], vector))
             if rng.random() < ENGLISH_TOO:
                 rows.append(Row(sides[0], [], vector))
-        for passage in (next(passages) for _ in range(PASSAGES_A_ROUND)):
+        for passage in (next(passages) for _ in range(passages_a_round)):
             rows.append(Row(material.ids[passage], [], material.vector_of.get(passage)))
         for text in (next(english_only) for _ in range(ENGLISH_A_ROUND)):
             rows.append(Row(material.ids[text], [], material.vector_of[text]))
@@ -155,8 +154,14 @@ def draw_batches(material: Material, rng: random.Random) -> Iterator[list[Row]]:
         yield from rng.sample(batches, len(batches))
 
 
-def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Pad, mask, and say which positions are to be predicted (`positions`, flat) and what stood there (`labels`)."""
+Masking = tuple[float, float]
+
+
+def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast, masking: Masking) -> dict[str, torch.Tensor]:
+    """Pad and mask; `masking`: in which share of the rows which share of the tokens.
+
+    Which positions are to be predicted is in `positions` (flat), what stood there in `labels`.
+    """
     begin, end, pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
     length = rounded_length(max(map(len, rows)))
     ids = torch.full((len(rows), length), pad)
@@ -167,9 +172,9 @@ def collate(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> dict[str, to
         types[i, len(row.first) + 2 : len(line)] = 1
     generator = torch.Generator().manual_seed(random.getrandbits(62))
     ordinary = (ids != begin) & (ids != end) & (ids != pad)
-    masked_rows = torch.rand(len(rows), 1, generator=generator) > UNMASKED_ROWS
+    masked_rows = torch.rand(len(rows), 1, generator=generator) < masking[0]
     masked_rows &= torch.tensor([row.masked for row in rows]).unsqueeze(1)
-    chosen = ordinary & masked_rows & (torch.rand(ids.shape, generator=generator) < MASKED)
+    chosen = ordinary & masked_rows & (torch.rand(ids.shape, generator=generator) < masking[1])
     positions = chosen.flatten().nonzero().squeeze(1)
     labels = ids.flatten()[positions]
     draw = torch.rand(labels.shape, generator=generator)
@@ -214,13 +219,15 @@ def losses(model: nn.ModuleDict, batch: dict, material: Material) -> dict[str, t
 def learn_words(model: nn.ModuleDict, material: Material, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Train the embeddings alone, as a bag of words: projection of their mean over tokens → the teacher's vector."""
     embeddings, project = model["student"].bert.embeddings, model["project"]
-    parameters = [*embeddings.parameters(), *project.parameters()]
+    embeddings.position_embeddings.requires_grad_(False)  # a bag has no order
+    parameters = [weight for part in (embeddings, project) for weight in part.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=WORD_RATE)
-    batches = (batch for batch in draw_batches(material, random.Random(arguments.seed)) if batch[0].vector is not None)
+    drawn = draw_batches(material, arguments.passages, random.Random(arguments.seed))
+    batches = (batch for batch in drawn if batch[0].vector is not None)
     with tqdm(range(WORD_STEPS), desc="words") as bar:
         for step in bar:
             for rows in (next(batches) for _ in range(WORD_BATCHES)):
-                batch = collate([replace(row, masked=False) for row in rows], material.tokenizer)
+                batch = collate(rows, material.tokenizer, masking=(0.0, 0.0))
                 mask = batch["attention_mask"].unsqueeze(-1)
                 vectors = (embeddings(batch["input_ids"], batch["token_type_ids"]) * mask).sum(1) / mask.sum(1)
                 parts = distillation(project(vectors)[batch["with_vector"]], material.vectors[batch["vectors"]])
@@ -230,6 +237,7 @@ def learn_words(model: nn.ModuleDict, material: Material, arguments: argparse.Na
             optimizer.zero_grad()
             if step % 20 == 0:
                 bar.set_postfix({name: round(loss.item(), 3) for name, loss in parts.items()})
+    embeddings.position_embeddings.requires_grad_(True)
     return model.state_dict()
 
 
@@ -323,11 +331,11 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         spent, step, tokens = saved["spent"], saved["step"], saved["tokens"]
         rng.seed(arguments.seed + step)
-    budget, batches, sums = arguments.minutes * 60, draw_batches(material, rng), {}
+    budget, batches, sums = arguments.minutes * 60, draw_batches(material, arguments.passages, rng), {}
     last_saved = spent
 
     def work_on(rows: list[Row]) -> tuple[tuple[torch.Tensor, ...], dict[str, float], int]:
-        batch = collate(rows, material.tokenizer)
+        batch = collate(rows, material.tokenizer, (arguments.masked_rows, arguments.masked))
         parts = losses(model, batch, material)
         nothing = 0.0 * optimizer.weights[0].flatten()[0]  # foreign passages, none of them masked: no loss at all
         total = sum((getattr(arguments, name) * loss for name, loss in parts.items()), nothing)
@@ -370,8 +378,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the log")
     parser.add_argument("--export", type=Path, help="folder of the finished encoder, rewritten at each checkpoint")
     parser.add_argument(
-        "--minutes", type=float, default=38, help="training time; the learning rate falls to zero over it"
+        "--minutes", type=float, default=30, help="training time; the learning rate falls to zero over it"
     )
+    parser.add_argument("--passages", type=int, default=2500, help="passages of novels beside 8,000 pairs")
+    parser.add_argument("--masked-rows", type=float, default=0.8)
+    parser.add_argument("--masked", type=float, default=0.2, help="share of the tokens of a masked row")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--mlm", type=float, default=1.0, help="weight of the masked-LM loss")

@@ -17,6 +17,8 @@ TEACHER_WIDTH = 384
 
 
 CONTEXT_LAYERS, CONTEXT = 4, 0.5
+NEIGHBOUR_LAYERS, NEIGHBOURS, HEAD = 2, (-1, 1, -2, 2, 3), 32
+POSITION_SIZE = 0.05
 
 
 def build_student(
@@ -27,13 +29,14 @@ def build_student(
     The last projection of each residual branch starts smaller by √(2·layers): with LayerNorm after the residual sum,
     twelve layers then start near the identity, and the lower ones get a gradient from the first step on. In the last
     four layers attention adds half the mean of the sentence to each token, and the pooler starts as tanh(x / 2): what
-    the word vectors know reaches the pooler's output before the first step.
+    the word vectors know reaches the pooler's output before the first step. In the first two layers each head looks at
+    one neighbour (`look_at_neighbours`): masked LM does not find them by itself in the steps that there are.
     """
     config = BertConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
+        num_attention_heads=width // HEAD,
         intermediate_size=feed_forward,
         max_position_embeddings=tokenizer.model_max_length,
         hidden_dropout_prob=0.1,
@@ -53,10 +56,38 @@ def build_student(
             layer.attention.self.value.weight.copy_(rotation)
             layer.attention.output.dense.weight.copy_(CONTEXT * rotation.T)
         model.bert.pooler.dense.weight.copy_(torch.eye(width) / 2)
+        model.cls.predictions.transform.dense.weight.copy_(torch.eye(width))
+        look_at_neighbours(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+@torch.no_grad()
+def look_at_neighbours(model: BertForPreTraining) -> None:
+    """Give positions a code in 32 of the dimensions, and the heads of the first layers the queries that read it.
+
+    Position t is coded as (cos ωt, sin ωt) for 16 frequencies ω that are no multiples of each other. A head whose keys
+    are that code and whose queries are the code turned by ω·δ has its largest product at position t + δ.
+    """
+    width = model.config.hidden_size
+    basis = nn.init.orthogonal_(torch.empty(width, HEAD))
+    frequencies = torch.pi * ((torch.arange(HEAD // 2) + 0.5) / (HEAD // 2)) ** 1.2
+    table = model.bert.embeddings.position_embeddings.weight
+    angles = torch.arange(len(table)).unsqueeze(1) * frequencies
+    table.copy_(POSITION_SIZE * (2 * width / HEAD) ** 0.5 * torch.cat([angles.cos(), angles.sin()], 1) @ basis.T)
+    for layer in model.bert.encoder.layer[:NEIGHBOUR_LAYERS]:
+        attention = layer.attention
+        for head, offset in zip(range(width // HEAD), NEIGHBOURS, strict=False):
+            rows = slice(head * HEAD, (head + 1) * HEAD)
+            cos, sin = (frequencies * offset).cos().diag(), (frequencies * offset).sin().diag()
+            turn = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+            attention.self.query.weight[rows] = turn @ basis.T
+            attention.self.key.weight[rows] = basis.T
+            content = nn.init.orthogonal_(torch.empty(HEAD, width))
+            attention.self.value.weight[rows] = content
+            attention.output.dense.weight[:, rows] = CONTEXT * nn.init.orthogonal_(torch.empty(width, HEAD))
 
 
 def export(model: BertForPreTraining, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
