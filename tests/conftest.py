@@ -45,7 +45,15 @@ def _refuse_beyond_loopback(method):
     return guarded
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support-matrix", action="store_true", help="write docs/reference/support.md")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    from support_matrix import SupportMatrix
+
+    config.addinivalue_line("markers", "supports(method, feature): a line of the support matrix, per architecture")
+    config.pluginmanager.register(SupportMatrix(config))
     patch = pytest.MonkeyPatch()
     for name in ("connect", "connect_ex"):
         patch.setattr(socket.socket, name, _refuse_beyond_loopback(getattr(socket.socket, name)))

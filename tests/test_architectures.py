@@ -94,6 +94,7 @@ def check_partition(model, architecture):
     return tied
 
 
+@pytest.mark.supports("Layers in order", "{task}")
 @pytest.mark.parametrize(("architecture", "task"), PAIRS)
 def test_layers_are_those_of_the_hidden_states_and_nothing_is_left_over(architecture, task):
     model = tiny_model(architecture, task, num_layers=2 if architecture == "modernbert" else 3)

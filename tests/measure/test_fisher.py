@@ -96,6 +96,7 @@ def close(found, wanted, tolerance=2e-5):
         assert found[name] == pytest.approx(wanted[name], rel=tolerance, abs=1e-10), name
 
 
+@pytest.mark.supports("Fisher trace", "LoRA, {head}")
 @pytest.mark.parametrize(("architecture", "head"), PAIRS)
 def test_lora_equals_a_loop_over_single_examples(architecture, head):
     model = lora(tiny_model(architecture, head, dropout=0.3))
@@ -109,6 +110,7 @@ def test_lora_equals_a_loop_over_single_examples(architecture, head):
     assert min(wanted.values()) > 0
 
 
+@pytest.mark.supports("Fisher trace", "per example, all parameters")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("square", [False, True], ids=["4x7", "7x7"])
 def test_full_fine_tuning_equals_a_loop(architecture, square):

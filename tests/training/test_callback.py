@@ -83,6 +83,7 @@ class Movement(TrainerCallback):
         self.moved.append({n for n, p in model.named_parameters() if not torch.equal(p, self.before[n])})
 
 
+@pytest.mark.supports("Scheduled unfreezing", "gradual, LoRA, in a Trainer")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradual_on_every_architecture(tmp_path, architecture):
     callback, movement = ScheduledUnfreezing("gradual", every_n_steps=2), Movement()

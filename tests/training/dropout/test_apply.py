@@ -35,6 +35,7 @@ def dropouts_by_hand(model):
     return found
 
 
+@pytest.mark.supports("Guided dropout", "applied to the model's own dropout")
 @pytest.mark.parametrize("architecture", NATIVE)
 def test_rates_reach_every_dropout_of_the_backbone_and_no_other(architecture):
     """Trap: the release sets rates by position in modules(), and hits modules that are no dropout."""
@@ -145,6 +146,7 @@ def test_a_rate_of_zero_in_the_model_is_no_obstacle():
     assert len({row.new for row in applied.rows}) == len(rates.blocks)
 
 
+@pytest.mark.supports("Guided dropout", "applied to the dropout of LoRA")
 @pytest.mark.parametrize("architecture", ADAPTED)
 def test_adapters_of_models_without_dropout(architecture):
     model, head = pair(architecture, num_layers=2, dropout=0.0)

@@ -42,6 +42,7 @@ def one_by_one(model, task, some, seed=0, dtype=torch.float32):
     return {name: value / count for name, value in squares.items()}
 
 
+@pytest.mark.supports("Guided dropout", "rates from masked or causal LM")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "electra"])
 def test_scores_are_means_over_single_texts(architecture):
     """Tied embeddings, Conv1D, scaled embeddings, norms: all in one pass, dropout off though the model trains."""
