@@ -1,7 +1,8 @@
 """The bridge into PEFT: our methods are known to it from the moment it is imported, before or after graftlm.
 
 Nothing here imports PEFT on its own: `import graftlm` has to stay light. A method is a module that ends with a call of
-`register`; it needs a line in `METHODS`.
+`register`; it needs a line in `METHODS`. It must not import `Trainer` or anything that does, such as `TrainerCallback`:
+transformers imports PEFT, and with it the methods, while its own trainer is only half there.
 """
 
 from __future__ import annotations
