@@ -30,12 +30,14 @@ def test_logits_are_those_of_a_forward_written_by_hand(architecture, kind):
     assert (found - plain).abs().max() > 1e-3
 
 
+@pytest.mark.supports("Bottleneck adapters", "{kind}")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_step_0_equals_the_base_model_exactly(architecture, kind):
     base, batch = tiny_model(architecture, HEAD), tiny_batch(architecture, HEAD)
     wanted = outputs(base, batch)
-    model = get_peft_model(base, graftlm.BottleneckConfig(kind=kind, reduction_factor=4))
+    # gelu: of four relu units all may be closed for every token of a tiny batch, and then nothing moves
+    model = get_peft_model(base, graftlm.BottleneckConfig(kind=kind, reduction_factor=4, activation="gelu"))
     assert torch.equal(outputs(model, batch), wanted)
     model.train()
     model(**batch).loss.backward()
