@@ -34,6 +34,15 @@ def read_sentences(data: Path, code: str) -> dict[int, dict]:
     return rows
 
 
+def write_study(name: str, work: Path) -> None:
+    """The study beside its recipe; one without folds of its own gets those of study.yaml."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    if "\nfolds:" not in text:
+        primary = (HERE / "study.yaml").read_text(encoding="utf-8")
+        text += primary[primary.index("folds:") :]
+    (work / name).write_text(text, encoding="utf-8")
+
+
 def write_folds(data: Path, folder: Path) -> None:
     """Fold k: test = part k, dev = part k + 1, train = the other three; the parts are the same in all languages."""
     if (folder / str(FOLDS) / "done").exists():
@@ -166,7 +175,7 @@ def summary(rows: list[dict]) -> str:
     main = [paired_bootstrap(whole[variant], whole[first], resamples=RESAMPLES) for variant in others]
     for variant, found, p in zip(others, main, holm(np.array([one.p for one in main])), strict=True):
         lines.append(_difference(f"**{variant}, mean of the five**", found, p))
-    pairs = [(variant, tag) for variant in others for tag in LANGUAGES]
+    pairs = [(variant, tag) for variant in others for tag in LANGUAGES if len(others) == 2]  # the primary's detail
     single = [paired_bootstrap(table[v][tag], table[first][tag], resamples=RESAMPLES) for v, tag in pairs]
     for (variant, tag), found, p in zip(pairs, single, holm(np.array([one.p for one in single])), strict=True):
         lines.append(_difference(f"{variant}, {tag}" + (" (tuned on)" if tag == SOURCE else ""), found, p))
@@ -194,8 +203,8 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         given.work.mkdir(parents=True, exist_ok=True)
-        for name in ("recipe.yaml", given.study):
-            shutil.copyfile(HERE / name, given.work / name)
+        shutil.copyfile(HERE / "recipe.yaml", given.work / "recipe.yaml")
+        write_study(given.study, given.work)
         write_folds(given.data, given.work / "folds")
 
         from graftlm.study.execute import Shard, execute
