@@ -207,12 +207,14 @@ def main() -> None:
         write_study(given.study, given.work)
         write_folds(given.data, given.work / "folds")
 
+        from graftlm.study.compare import summarise
         from graftlm.study.execute import Shard, execute
         from graftlm.study.plan import load_study
 
         study = replace(load_study(given.work / given.study, given.overrides), root=given.work / "studies")
         execute(study, Shard.parse(given.shard), after=lambda run: append(study, run, rows))
         collect(study, rows)
+        summarise(study)
     if not rows.is_file():
         sys.exit(f"there are no rows yet in {rows}; give --data PATH/sib200_topic to make them")
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
