@@ -127,6 +127,7 @@ def test_the_report_and_the_card_say_what_was_learned_and_forgotten(made):
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml",
         "recipe.resolved.yaml",
+        "data.sha256",
         "adapter",
         "result.json",
         "predictions.jsonl",

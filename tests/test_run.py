@@ -69,6 +69,7 @@ def test_the_run_folder(made):
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml",
         "recipe.resolved.yaml",
+        "data.sha256",
         "adapter",
         "result.json",
         "predictions.jsonl",

@@ -74,16 +74,22 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def opened(path: Path) -> list[int]:
+    """Positions of the layers (0 = bottom) in the order in which they opened."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [line["position"] for line in lines if line["opened"]]
+
+
 def row_of(study, run) -> dict:
     """A finished run as one line: what it scored, item by item in the order of the ids, and what it cost."""
     from graftlm.evaluation.folder import read_lines
     from graftlm.evaluation.result import Result
     from graftlm.study.execute import dev_score
 
-    folder = study.recipe_of(run).folder
-    result = Result.read(folder)
+    recipe = study.recipe_of(run)
+    result = Result.read(recipe.folder)
     right: dict[str, dict[int, bool]] = {}
-    for one in read_lines(folder / "predictions.jsonl"):
+    for one in read_lines(recipe.folder / "predictions.jsonl"):
         right.setdefault(one["language"], {})[one["id"]] = one["prediction"] == one["label"]
     return {
         "study": study.name,
@@ -93,8 +99,9 @@ def row_of(study, run) -> dict:
         "seed": run.seed,
         "tuned": study.tune[run.choice] if run.choice is not None else {},
         "trial": run.seed == study.seeds[0] and run.choice is not None,
-        "dev": round(dev_score(study.recipe_of(run)), 5),
+        "dev": round(dev_score(recipe), 5),
         "ids": sorted(right[SOURCE]),
+        "opened": opened(recipe.folder / "unfreezing.jsonl"),
         "right": {tag: "".join("01"[found[i]] for i in sorted(found)) for tag, found in right.items()},
         "cost": result.cost.model_dump(),
         "versions": result.versions,
@@ -179,9 +186,31 @@ def summary(rows: list[dict]) -> str:
     single = [paired_bootstrap(table[v][tag], table[first][tag], resamples=RESAMPLES) for v, tag in pairs]
     for (variant, tag), found, p in zip(pairs, single, holm(np.array([one.p for one in single])), strict=True):
         lines.append(_difference(f"{variant}, {tag}" + (" (tuned on)" if tag == SOURCE else ""), found, p))
+    lines += [
+        "",
+        "| order of opening | Kendall's τ with gradual's | between two runs, mean | first to last, by mean place |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for variant in table:
+        orders = [row["opened"] for row in rows if row["variant"] == variant and row.get("opened")]
+        if len({tuple(order) for order in orders}) > 1:
+            lines.append(_order(variant, orders))
     floor = noise_floor(np.array([found.mean(axis=1) for found in whole.values()]))
     lines += ["", "Noise floor (two sets of seeds of one schedule): " + (f"{100 * floor:.2f} points" if floor else "–")]
     return "\n".join(lines)
+
+
+def _order(variant: str, orders: list[list[int]]) -> str:
+    """How like each other, and gradual's, the orders of opening are."""
+    import numpy as np
+    from scipy.stats import kendalltau
+
+    places = np.argsort(orders, axis=1)  # run × layer → when it opened
+    down = np.arange(places.shape[1])[::-1]
+    pairs = [kendalltau(one, other).statistic for i, one in enumerate(places) for other in places[:i]]
+    with_down = np.mean([kendalltau(one, down).statistic for one in places])
+    mean = " ".join(map(str, places.mean(axis=0).argsort()))
+    return f"| {variant} | {with_down:.2f} | {np.mean(pairs):.2f} | {mean} |"
 
 
 def _difference(name: str, found, p: float) -> str:

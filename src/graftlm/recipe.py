@@ -304,6 +304,11 @@ class Recipe(_Model):
         """A path of the recipe, seen from the working folder."""
         return self._base / Path(text).expanduser()
 
+    def sources(self) -> list[Source]:
+        """All data that the recipe names, as it names them."""
+        texts = self.dropout.texts if self.dropout else None
+        return [source for source in (self.data.train, self.data.dev, *self.data.test.values(), texts) if source]
+
     def resolved(self) -> str:
         """Every value with its origin, as YAML that `load_recipe` reads again."""
         values = self.values()

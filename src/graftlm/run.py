@@ -27,6 +27,7 @@ from graftlm.evaluation.report import write_report
 from graftlm.evaluation.result import FILE as RESULT
 from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
 from graftlm.evaluation.transfer import paired_gain, score
+from graftlm.fingerprint import changed_files, write_digests
 from graftlm.folder import RESOLVED, load, load_model, save
 from graftlm.hub import licences, push
 from graftlm.prepare import (
@@ -85,6 +86,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / WRITTEN, recipe.text)
         write_text(folder / RESOLVED, recipe.relocated(folder).resolved())
+        write_digests(recipe, folder)
         if prepared.dropout:
             rates, applied = prepared.dropout
             rates.save(folder / DROPOUT, applied)
@@ -194,6 +196,12 @@ def _finished(recipe: Recipe, folder: Path) -> bool:
         raise RecipeError(
             f"{folder} holds a run of another recipe",
             found="; ".join(shown) + ("; …" if len(differing) > 6 else ""),
+            fix=f"name=ANOTHER_NAME, or delete {folder}",
+        )
+    if changed := changed_files(recipe, folder):
+        raise DataError(
+            f"{folder} holds a run on other data",
+            found=f"changed since: {', '.join(changed[:6])}" + (", …" if len(changed) > 6 else ""),
             fix=f"name=ANOTHER_NAME, or delete {folder}",
         )
     if not (folder / RESULT).is_file():

@@ -177,3 +177,20 @@ def test_tuning_takes_the_best_on_dev_and_a_shard_does_the_trials_that_it_needs(
         rates = [read_lines(study.folder / run / "log.jsonl")[0]["learning_rate"] for run in variant.runs]
         assert rates[0] == pytest.approx(rates[1])
     assert made.runs_planned == 6 and made.selected_on == ("eng",)
+
+
+def test_the_count_has_the_runs_of_other_processes_in_it(folder, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="graftlm")
+    study = study_in(folder, tmp_path, seeds=3)
+    do, done_here = module.do_in_process, []
+
+    def do_more(recipe, where):
+        if not done_here:  # while the first is under way, another process does the last two
+            for run in needed(study)[-2:]:
+                do(study.recipe_of(run), where)
+        done_here.append(recipe.name)
+        return do(recipe, where)
+
+    monkeypatch.setattr(module, "do_in_process", do_more)
+    execute(study)
+    assert [line[1:4] for line in caplog.messages if line[0] == "["] == ["3/6", "4/6", "5/6", "6/6"]

@@ -58,11 +58,9 @@ def execute_on_ray(study: Study, address: str) -> None:
 
 def _execute(study: Study, ray: Any) -> None:
     queue = needed(study)
-    progress = Progress(len(queue))
-    old = {run: error_age_of(study, run) for run in queue}
+    total, old = len(queue), {run: error_age_of(study, run) for run in queue}
     queue = [run for run in queue if not is_over(study, run, old)]
-    progress.done = progress.total - len(queue)
-    log.info("%s: %d runs, %d of them finished", study.folder, progress.total, progress.done)
+    progress = Progress(study, total, len(queue))
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     # a fresh process for each run: its peak memory is its own
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES, max_calls=1)(_task)
@@ -86,7 +84,7 @@ def _execute(study: Study, ray: Any) -> None:
             except (ray.exceptions.RayError, OSError) as error:
                 code = -1
                 note_error(study.folder, study.run_name(run), f"the worker died {_RETRIES + 1} times: {error}")
-            log.info(progress.line(study, run, time.monotonic() - began, code))
+            log.info(progress.line(study, run, time.monotonic() - began, code, len(queue) + len(under_way)))
 
 
 def _absolute(recipe: Recipe) -> Recipe:

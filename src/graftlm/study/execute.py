@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.folder import read_lines
@@ -41,26 +41,23 @@ class Shard:
 WHOLE = Shard()
 
 
-@dataclass
 class Progress:
-    """What has become of the runs, for the lines that are printed."""
+    """What has become of the runs, for the lines that are printed; those that other processes do count too."""
 
-    total: int
-    began: float = field(default_factory=time.monotonic)
-    done: int = 0
-    here: int = 0
+    def __init__(self, study: Study, total: int, left: int):
+        self.total, self.left = total, left
+        self.began = time.monotonic()
+        log.info("%s: %d runs, %d of them finished", study.folder, total, total - left)
 
-    def line(self, study: Study, run: Run, seconds: float, outcome: int) -> str:
-        """One finished run in a line: place, name, score, time, and how long the rest may take."""
-        self.done += 1
-        place = f"[{self.done:>{len(str(self.total))}}/{self.total}] {study.title(run)}"
+    def line(self, study: Study, run: Run, seconds: float, outcome: int, left: int) -> str:
+        """One run in a line: how many are over, name, score, seconds, and how long those that are left may take."""
+        place = f"[{self.total - left:>{len(str(self.total))}}/{self.total}] {study.title(run)}"
         recipe = study.recipe_of(run)
         if outcome != DONE:
             reason = (error_of(study.folder, recipe.name) or "unknown").splitlines()
             return f"{place}: failed: {reason[0]}"
-        self.here += 1
-        left = (self.total - self.done) * (time.monotonic() - self.began) / self.here
-        rest = f", about {_duration(left)} left" if self.total > self.done else ""
+        time_left = left * (time.monotonic() - self.began) / max(self.left - left, 1)
+        rest = f", about {_duration(time_left)} left" if left else ""
         return f"{place}: {_score(Result.read(recipe.folder))} ({_duration(seconds)}{rest})"
 
 
@@ -140,11 +137,9 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
     under way in another process is left to it, and waited for only where a choice hangs on it.
     """
     queue, claims = needed(study, shard), Claims(study.folder / CLAIMS)
-    progress = Progress(len(queue))
-    old_errors = {run: error_age_of(study, run) for run in queue}
+    total, old_errors = len(queue), {run: error_age_of(study, run) for run in queue}
     queue = [run for run in queue if not is_over(study, run, old_errors)]
-    progress.done = progress.total - len(queue)
-    log.info("%s: %d runs, %d of them finished", study.folder, progress.total, progress.done)
+    progress = Progress(study, total, len(queue))
     while queue:
         acted = False
         for run in list(queue):
@@ -163,7 +158,8 @@ def execute(study: Study, shard: Shard = WHOLE, *, after: Callable[[Run], None] 
                 code = do_in_process(study.recipe_of(chosen), study.folder)
                 if code == TAKEN:
                     continue
-                log.info(progress.line(study, chosen, time.monotonic() - began, code))
+                left = sum(not is_over(study, other, old_errors) for other in queue)
+                log.info(progress.line(study, chosen, time.monotonic() - began, code, left))
                 if after and code == DONE:
                     after(chosen)
             queue.remove(run)

@@ -15,6 +15,7 @@ from graftlm.errors import GraftError
 from graftlm.evaluation.folder import RECIPE
 from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import FILE as RESULT
+from graftlm.fingerprint import changed_files
 from graftlm.recipe import Recipe
 from graftlm.study.claims import Claims
 
@@ -23,11 +24,12 @@ DONE, BROKEN, TAKEN, STOPPED = 0, 1, 75, 130  # exit codes
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the run's folder holds its result; of another recipe's result the run itself will complain."""
+    """Whether the run's folder holds its result; of another recipe's or other data's the run itself will complain."""
     folder = recipe.folder
     if not (folder / RESULT).is_file() or not (folder / RECIPE).is_file():
         return False
-    return _is_of(folder / RECIPE, (folder / RESULT).stat().st_mtime_ns, recipe.relocated(folder))
+    same = _is_of(folder / RECIPE, (folder / RESULT).stat().st_mtime_ns, recipe.relocated(folder))
+    return same and not changed_files(recipe, folder)
 
 
 _known: dict[tuple[Path, int, str], bool] = {}  # reading YAML with its lines takes longer than all else here
