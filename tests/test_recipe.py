@@ -125,6 +125,10 @@ def test_relocated_paths_lead_to_the_same_files(write, tmp_path):
         ("training: {arguments: {max_grad_norm: .inf}}\n", ["training.arguments.max_grad_norm", "finite"]),
         ("training: 5\n", ["r.yaml:8: training", "mapping", "5"]),
         ("adapter: {method: none, r: 8}\n", ["r.yaml:8: adapter", "takes no r"]),
+        ("adapter: {method: bottleneck, alpha: 8}\n", ["r.yaml:8: adapter", "takes no alpha", "method: lora"]),
+        ("adapter: {method: lora, kind: houlsby}\n", ["takes no kind", "method: bottleneck"]),
+        ("adapter: {method: bottleneck, kind: pfeifer}\n", ["adapter.kind", "'pfeiffer'", "'pfeifer'"]),
+        ("adapter: {method: bottleneck, reduction_factor: 4, bottleneck_size: 3}\n", ["say the same twice"]),
         ("adapter: {target_modules: [query, 3]}\n", ["r.yaml:8: adapter.target_modules", "string", "3"]),
         ("unfreezing: {schedule: fixd}\n", ["unfreezing.schedule", "'fixed'", "'fixd'"]),
         ("unfreezing: {schedule: fixed}\n", ["order", "schedule: fixed"]),
@@ -229,3 +233,17 @@ def test_a_recipe_for_each_task():
         "masked_lm",
         "causal_lm",
     }
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"), [("", {"reduction_factor": 16.0}), (", bottleneck_size: 3", {"bottleneck_size": 3})]
+)
+def test_an_adapter_lists_the_keys_of_its_method_and_is_read_again(keys, wanted, tmp_path):
+    text = shipped()["demo"].read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("adapter")]
+    (tmp_path / "r.yaml").write_text("\n".join([*lines, f"adapter: {{method: bottleneck{keys}}}\n"]), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    rest = {"method": "bottleneck", "kind": "pfeiffer", "activation": "relu", "dropout": 0.0, "scaling": 1.0}
+    assert recipe.values()["adapter"] == {**rest, "invertible": False, **wanted}
+    (tmp_path / "again.yaml").write_text(recipe.resolved(), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml").values()["adapter"] == recipe.values()["adapter"]

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm import recipe as recipes
+from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.architectures import describe
 from graftlm.data import starter_path
 from graftlm.errors import DataError, GraftError, ModelError, RecipeError
@@ -36,7 +37,7 @@ class Loaded:
     Attributes:
         model: in float32, ready for a Trainer.
         fresh: modules that the checkpoint does not have: the task's head, as a rule. They train and are saved.
-        targets: modules that carry LoRA, as PEFT names them; empty in full fine-tuning.
+        targets: modules that carry LoRA, as PEFT names them; empty for other methods.
     """
 
     model: nn.Module
@@ -132,7 +133,8 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     task.check_fresh(fresh, where)
     if recipe.adapter.method == "none":
         return Loaded(model, fresh, ())
-    return _with_lora(recipe, model, task, fresh)
+    with_adapter = {"lora": _with_lora, "bottleneck": _with_bottleneck}[recipe.adapter.method]
+    return with_adapter(recipe, model, task, fresh)
 
 
 @contextmanager
@@ -207,6 +209,22 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
         modules_to_save=list(fresh) or None,
     )
     return Loaded(peft.get_peft_model(model, config), fresh, targets)
+
+
+def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
+    chosen = recipe.adapter
+    config = BottleneckConfig(
+        task_type=task.peft_type,
+        kind=chosen.kind,
+        reduction_factor=chosen.reduction_factor if chosen.bottleneck_size is None else None,
+        bottleneck_size=chosen.bottleneck_size,
+        activation=chosen.activation,
+        dropout=chosen.dropout,
+        scaling=chosen.scaling,
+        invertible=chosen.invertible,
+        modules_to_save=list(fresh) or None,
+    )
+    return Loaded(peft.get_peft_model(model, config), fresh, ())
 
 
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

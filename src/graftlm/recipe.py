@@ -15,11 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
     model_serializer,
@@ -27,6 +24,7 @@ from pydantic import (
 )
 
 from graftlm import recipe_errors, yaml_lines
+from graftlm.recipe_adapter import Adapter, Count, Part, Positive, Share
 
 TaskName = Literal[
     "classification",
@@ -43,9 +41,6 @@ FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 TEXT_TYPES = (".txt", ".txt.gz")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _language_tag(tag: str) -> str:
@@ -54,11 +49,7 @@ def _language_tag(tag: str) -> str:
     return tag
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Source(_Model):
+class Source(Part):
     """Where one split lies; a text alone is its `path`."""
 
     path: str = Field(min_length=1, description="file, folder, hub id, or starter:… (shipped with graftlm)")
@@ -82,7 +73,7 @@ class Source(_Model):
         return self.path.endswith(FILE_TYPES + TEXT_TYPES)
 
 
-class Data(_Model):
+class Data(Part):
     """The splits and their columns."""
 
     train: Source = Field(description="labelled text, or raw text (files: a pattern such as novels/*.txt too)")
@@ -103,32 +94,7 @@ class Data(_Model):
         return {_language_tag(tag): source for tag, source in test.items()}
 
 
-class Adapter(_Model):
-    """What is added to the model; `method: none` is full fine-tuning."""
-
-    method: Literal["lora", "none"] = "lora"
-    r: Count = 8
-    alpha: Count = 16
-    dropout: Share = 0.0
-    target_modules: Literal["auto"] | tuple[str, ...] = Field(
-        "auto", description="auto: the query and value projections that PEFT knows for this family"
-    )
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return serialize(self) if self.method != "none" else {"method": "none"}
-
-    @model_validator(mode="after")
-    def _no_idle_keys(self) -> "Adapter":
-        idle = sorted(self.model_fields_set - {"method"})
-        if self.method == "none" and idle:
-            raise ValueError(
-                f"method: none (full fine-tuning) takes no {', '.join(idle)}; delete them or write method: lora"
-            )
-        return self
-
-
-class Unfreezing(_Model):
+class Unfreezing(Part):
     """The arguments of `graftlm.ScheduledUnfreezing`."""
 
     schedule: Schedule = "standard"
@@ -149,7 +115,7 @@ class Unfreezing(_Model):
         return self
 
 
-class Dropout(_Model):
+class Dropout(Part):
     """The arguments of `graftlm.GuidedDropout`; the name of a schedule alone is short for them."""
 
     schedule: Literal["guided", "uniform", "shuffled", "reversed", "type"] = "guided"
@@ -171,7 +137,7 @@ class Dropout(_Model):
         return {"schedule": value} if isinstance(value, str) else value
 
 
-class Training(_Model):
+class Training(Part):
     """How long and how fast; names are those of transformers' TrainingArguments where it has the same thing."""
 
     epochs: Positive = 3.0
@@ -193,13 +159,13 @@ class Training(_Model):
     arguments: dict[str, Any] = Field(default_factory=dict, description="more TrainingArguments, handed on")
 
 
-class StandardReference(_Model):
+class StandardReference(Part):
     """The same recipe with every layer open from the start, trained too."""
 
     learning_rate: Positive | None = Field(None, description="of the reference; null: that of the recipe")
 
 
-class References(_Model):
+class References(Part):
     """What the scores are held against; a list of names is short for a mapping."""
 
     majority: bool = Field(False, description="always the most frequent label of the training split")
@@ -217,7 +183,7 @@ class References(_Model):
         return {name: known[name] for name in value}
 
 
-class Licences(_Model):
+class Licences(Part):
     """Licences that the run's card and result repeat; null: read from the model's own card where it has one."""
 
     model: str | None = None
@@ -225,7 +191,7 @@ class Licences(_Model):
     weights: str | None = Field(None, description="of what this run makes")
 
 
-class Output(_Model):
+class Output(Part):
     """Where results go. Nothing leaves the machine unless `report_to` or `push_to_hub` say so."""
 
     folder: str = Field("runs", min_length=1)
@@ -241,7 +207,7 @@ class Output(_Model):
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-class Recipe(_Model):
+class Recipe(Part):
     """One run, every value set; made by `load_recipe`."""
 
     name: str = Field(pattern=_FOLDER_NAME, description="folder name under output.folder")

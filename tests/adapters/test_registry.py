@@ -84,6 +84,12 @@ def test_whatever_of_ours_is_imported_first_registers_once(first):
     assert run(code) == str(len(PeftType))
 
 
+def test_transformers_may_be_the_one_that_imports_peft():
+    """Its trainer does so while it is itself being imported: a method that needs the trainer would fail then."""
+    code = "import graftlm; from transformers import Trainer; from peft import PeftType; print(PeftType('BOTTLENECK'))"
+    assert run(code) == "PeftType.BOTTLENECK"
+
+
 def test_the_type_is_a_real_member():
     kind = PeftType.BOTTLENECK
     assert isinstance(kind, PeftType) and kind == "BOTTLENECK"

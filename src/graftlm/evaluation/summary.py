@@ -13,7 +13,7 @@ def setup(result: Result, values: Mapping[str, str]) -> str:
     if (method := values.get("adapter.method")) == "none":
         parts.append("full fine-tuning")
     elif method:
-        title = {"lora": "LoRA"}.get(method, method)
+        title = {"lora": "LoRA", "bottleneck": "bottleneck adapter"}.get(method, method)
         parts.append(f"{title}, r = {values['adapter.r']}" if "adapter.r" in values else title)
     if schedule := values.get("unfreezing.schedule"):
         every = values.get("unfreezing.every_n_steps", "auto")

@@ -1,0 +1,59 @@
+"""What a recipe adds to the model, and what every part of a recipe is built on."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: frozen, of the types it says, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+_KEYS = {
+    "lora": ("r", "alpha", "dropout", "target_modules"),
+    "bottleneck": ("kind", "reduction_factor", "bottleneck_size", "activation", "dropout", "scaling", "invertible"),
+    "none": (),
+}
+
+
+class Adapter(Part):
+    """What is added to the model; `method: none` is full fine-tuning."""
+
+    method: Literal["lora", "bottleneck", "none"] = "lora"
+    r: Count = Field(8, description="lora: the rank")
+    alpha: Count = Field(16, description="lora: its scaling is alpha / r")
+    dropout: Share = 0.0
+    target_modules: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="lora; auto: the query and value projections that PEFT knows for this family"
+    )
+    kind: Literal["pfeiffer", "houlsby", "parallel"] = Field("pfeiffer", description="bottleneck: its places")
+    reduction_factor: Positive = Field(16.0, description="bottleneck: the model's width divided by the adapter's size")
+    bottleneck_size: Count | None = Field(None, description="bottleneck: the adapter's size, in place of the factor")
+    activation: str = Field("relu", description="bottleneck: a name of transformers' ACT2FN")
+    scaling: Positive = Field(1.0, description="bottleneck: constant factor of the adapter's part")
+    invertible: bool = Field(False, description="bottleneck: an invertible adapter at the embeddings too")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        kept = {"method", *_KEYS[self.method]} - ({"reduction_factor"} if self.bottleneck_size else {"bottleneck_size"})
+        return {key: value for key, value in serialize(self).items() if key in kept}
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> "Adapter":
+        idle = sorted(self.model_fields_set - {"method", *_KEYS[self.method]})
+        if idle:
+            name = "none (full fine-tuning)" if self.method == "none" else self.method
+            others = " or ".join(method for method, keys in _KEYS.items() if set(idle) <= set(keys))
+            raise ValueError(
+                f"method: {name} takes no {', '.join(idle)}; delete them"
+                + (f" or write method: {others}" if others else "")
+            )
+        if {"reduction_factor", "bottleneck_size"} <= self.model_fields_set and self.bottleneck_size is not None:
+            raise ValueError("reduction_factor and bottleneck_size say the same twice; delete one of them")
+        return self
