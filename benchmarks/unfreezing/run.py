@@ -23,6 +23,7 @@ LANGUAGES |= {"ces": "ces_Latn"}
 SOURCE = "eng"
 FOLDS = 5
 RESAMPLES = 10_000
+FIRST = 0, {"training.learning_rate": 3e-3}
 
 
 def read_sentences(data: Path, code: str) -> dict[int, dict]:
@@ -72,6 +73,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     keys = ("id", "text", "label_name")
     lines = [json.dumps({key: row[key] for key in keys}, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def opened(path: Path) -> list[int]:
@@ -246,7 +251,9 @@ def main() -> None:
         summarise(study)
     if not rows.is_file():
         sys.exit(f"there are no rows yet in {rows}; give --data PATH/sib200_topic to make them")
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    found = read_rows(rows)
+    if given.study == "exploratory.yaml":  # its runs are at the smaller rate and the first seed
+        found = [row for row in read_rows(HERE / "rows.study.jsonl") if (row["seed"], row["tuned"]) == FIRST] + found
     print(summary(found))
 
 
