@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import graftlm
 from graftlm.training.layers import trainable_layers
 
-EXAMPLES, SIZES, DRAWS, BATCH_DRAWS = 256, (4, 16, 64), 1000, 150
+EXAMPLES, SIZES, DRAWS, BATCH_DRAWS = 256, (4, 16, 64), 1000, 40
 STEPS, BATCH, RATE = 152, 16, 3e-3
 MEASURED = (0, STEPS // 4, STEPS // 2)
 
