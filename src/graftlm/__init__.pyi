@@ -1,4 +1,6 @@
 from .adapters.bottleneck import BottleneckConfig as BottleneckConfig
+from .adapters.flare import FlareConfig as FlareConfig
+from .adapters.flare_data import FlareCollator as FlareCollator
 from .adapters.stack import stack as stack
 from .architectures import Architecture as Architecture
 from .architectures import describe as describe

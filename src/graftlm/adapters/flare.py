@@ -1,0 +1,272 @@
+"""FLARE as a PEFT method: LoRA that fuses the source sentence's representations in its bottleneck."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, LoraModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from graftlm.adapters import registry
+from graftlm.adapters.flare_fusion import ALIGNMENTS, FUSIONS, Source, aligned
+from graftlm.adapters.flare_source import KEYWORDS, SourceContext
+from graftlm.errors import ModelError, SetupError
+
+ATTENTION_LEAVES = ("lora_fusion_query", "lora_fusion_key", "lora_fusion_value")
+_STARTS = (True, False, "gaussian")
+
+
+@dataclass
+class FlareConfig(LoraConfig):
+    r"""FLARE for `peft.get_peft_model`: LoRA whose bottleneck fuses a target sentence with its source-language version.
+
+    .. math:: W x_T + \tfrac{\alpha}{r}\, B\, \varphi(A\, x_S,\, A\, x_T)
+
+    at the query and value projections; the same A and B for both, so there are no parameters beyond LoRA's (three r × r
+    matrices with ``cross_attention``). x_S is what the same model reads from the source, with the adapters off, without
+    gradients and without dropout. The source goes into the call, and nothing else changes:
+
+        ``model(input_ids=…, attention_mask=…, source_input_ids=…, source_attention_mask=…)``
+
+    **Without a source it is plain LoRA on the target**, in training and at test: φ is left out, not fed with the target
+    twice. The same holds for every target token that has no source token, and for padding. B is zero at the start: step
+    0 equals the base model.
+
+    ===================  ===============================================================================
+    ``fusion``           φ(S, T)
+    ===================  ===============================================================================
+    ``add``              S + T
+    ``mul``              S ⊙ T
+    ``add_relu``         relu(S) + relu(T), the paper's setting
+    ``mul_relu``         relu(S) ⊙ relu(T)
+    ``cross_attention``  softmax((W_q T)(W_k S)ᵀ/√r) W_v S
+    ===================  ===============================================================================
+
+    A new one is a line in the table of functions, with ``from graftlm.adapters.flare_fusion import FUSIONS``:
+    ``FUSIONS["mean"] = lambda source, target: (source + target) / 2``.
+
+    =============  =====================================================================================
+    ``align``      the source that target token i (of n) is fused with
+    =============  =====================================================================================
+    ``position``   source token i, as in the paper; none where the source is shorter
+    ``relative``   source token ⌊(i + ½) m / n⌋ of m
+    ``pooled``     the mean of the source tokens
+    ``attention``  softmax(T Sᵀ/√r) S, without parameters
+    =============  =====================================================================================
+
+    Tokens are counted from the first one that is not padding, so that padding on either side changes nothing. A
+    decoder that writes fuses its prompt, in training (``fusion_mask``, (batch, length), 1 at the prompt) as in
+    ``model.generate(…, source_input_ids=…, source_attention_mask=…)``; what it writes passes through plain LoRA. The
+    latter needs the adapter's ``task_type``. In an encoder-decoder the encoder's self-attention fuses; its decoder has
+    plain LoRA.
+
+    Args:
+        fusion: φ.
+        source_layer: ``next``: layer i reads the output of the source's layer i as layer i + 1 does (in a pre-norm
+            model with that layer's norm; the top layer the last hidden state); ``same``: what layer i itself reads.
+        align: see above; None = ``position``, and with ``cross_attention``, which aligns by itself, ``attention``.
+        r: rank.
+        lora_alpha: α.
+        target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA.
+
+    All other arguments are those of `peft.LoraConfig`.
+
+    Raises:
+        SetupError: a value that is not allowed, or a variant of LoRA (DoRA, PiSSA, …) that does not go with FLARE.
+            `get_peft_model` raises `ModelError` for a model without separate query and value projections. The call
+            raises `DataError` for a source that does not fit the target.
+
+    Source: Borchert et al., arXiv 2501.06892, Section 3.
+
+    Differs from the paper in: (1) ``next`` in a pre-norm model carries the norm, as the target does; the authors' code
+    feeds the raw residual stream; (2) padding is never fused, and target tokens without a source token have plain LoRA;
+    (3) cross-attention has the target's length: the target asks, keys and values are the source's; (4) the source is
+    read without dropout; (5) a decoder fuses its prompt only.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(
+        ...     num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=10
+        ... )
+        >>> model = get_peft_model(BertModel(config), FlareConfig(r=2, lora_alpha=4))
+        >>> sorted(model.peft_config["default"].target_modules)
+        ['query', 'value']
+        >>> target, source = torch.tensor([[2, 5, 3]]), torch.tensor([[2, 7, 8, 3]])
+        >>> model(input_ids=target, source_input_ids=source).last_hidden_state.shape
+        torch.Size([1, 3, 8])
+    """
+
+    fusion: str = "add_relu"
+    source_layer: str = "next"
+    align: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = registry.peft_type("flare")
+        _check(self.fusion in FUSIONS, "fusion", self.fusion, FUSIONS)
+        _check(self.source_layer in ("next", "same"), "source_layer", self.source_layer, ("next", "same"))
+        itself = self.fusion == "cross_attention"
+        if self.align is None:
+            self.align = "attention" if itself else "position"
+        _check(self.align in ALIGNMENTS, "align", self.align, ALIGNMENTS)
+        _check(not itself or self.align == "attention", "align with cross_attention", self.align, ("attention",))
+        _check(any(self.init_lora_weights is s or self.init_lora_weights == s for s in _STARTS), "init_lora_weights",
+               self.init_lora_weights, _STARTS)  # fmt: skip
+        _check(self.bias == "none", "bias", self.bias, ("none",))
+        _check(not self.layer_replication, "layer_replication", self.layer_replication, ("None",))
+        for option in dataclasses.fields(self):
+            if option.metadata.get("is_lora_variant") and getattr(self, option.name):
+                raise SetupError(
+                    "FLARE cannot be combined with another variant of LoRA.",
+                    found=f"{option.name}={getattr(self, option.name)!r}",
+                    fix=f"leave {option.name} out",
+                )
+
+
+class Fused(LoraVariant):
+    """One adapter's fusion in one projection."""
+
+    def __init__(self, context: SourceContext, layer: int, config: FlareConfig):
+        self.context, self.fusion, self.how = context, config.fusion, str(config.align)
+        self.state = layer + 1 if config.source_layer == "next" else layer
+
+    def supports_lora_conversion(self) -> bool:
+        """There is no matrix that would do the same."""
+        return False
+
+    def add_leaves(self, module: Any, adapter: str) -> None:
+        """The matrices of cross-attention."""
+        if self.fusion != "cross_attention":
+            return
+        for name in ATTENTION_LEAVES:
+            if not hasattr(module, name):
+                setattr(module, name, nn.ModuleDict())
+            rank = module.r[adapter]
+            getattr(module, name)[adapter] = nn.Linear(rank, rank, bias=False)
+        if not set(ATTENTION_LEAVES) <= set(module.adapter_layer_names):
+            module.adapter_layer_names = (*module.adapter_layer_names, *ATTENTION_LEAVES)
+        module._move_adapter_to_device_of_base_layer(adapter)
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Base output plus the fused update."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module._cast_input_dtype(x, down.weight.dtype)
+        inner = down(module.lora_dropout[active_adapter](x))
+        record = self.context.source((x.shape[0], x.shape[1]))
+        if record is not None:
+            inner = self._fuse(module, active_adapter, record, inner)
+        return result + up(inner) * module.scaling[active_adapter]
+
+    def _fuse(self, module: Any, adapter: str, record: Source, target: Tensor) -> Tensor:
+        down = module.lora_A[adapter]
+        states = module._cast_input_dtype(record.states[self.state], down.weight.dtype).to(target.device)
+        source = down(module.lora_dropout[adapter](states))
+        queries, keys, values = target, source, source
+        if self.fusion == "cross_attention":
+            ask, offer, give = (getattr(module, name)[adapter] for name in ATTENTION_LEAVES)
+            queries, keys, values = ask(target), offer(source), give(source)
+        partner, there = aligned(source, queries, keys, values, record, self.how)
+        return FUSIONS[self.fusion](partner, target).where(there[..., None], target)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Refuse: see `no_merge`."""
+        raise no_merge()
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Refuse: see `no_merge`."""
+        raise no_merge()
+
+
+class FlareModel(LoraModel):
+    """PEFT's face of the method: LoRA everywhere, fusion at the queries and values."""
+
+    def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict) -> FlareConfig:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            peft_config.target_modules = set().union(*(place.ends for place in SourceContext.of(self.model).places))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: FlareConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        context = SourceContext.of(model)
+        places = context.places
+        self._layers = {path: number for number, place in enumerate(places) for path in place}
+        if not any(check_target_module_exists(peft_config, path) for path in self._layers):
+            if len(self.peft_config) == 1:
+                context.remove()
+            raise ModelError(
+                "FLARE would fuse nowhere: no query or value projection is among the target modules.",
+                found=f"target_modules={peft_config.target_modules}",
+                allowed=sorted(set().union(*(place.ends for place in places))),
+                fix="leave target_modules out, or use peft.LoraConfig",
+            )
+
+    def _create_and_replace(
+        self,
+        lora_config: FlareConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
+        if current_key in self._layers:
+            layer: Any = getattr(parent, target_name)
+            variant = Fused(SourceContext.of(self.model), self._layers[current_key], lora_config)
+            layer.lora_variant[adapter_name] = variant
+            variant.add_leaves(layer, adapter_name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate; with a source the prompt is fused with it."""
+        given = {name: kwargs.pop(name, None) for name in KEYWORDS}
+        if given["source_input_ids"] is None:
+            SourceContext.of(self.model).read(self.model, {}, **given)  # a mask alone is an error
+            return self.model.generate(*args, **kwargs)
+        inputs = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+        with SourceContext.of(self.model).generating(self.model, inputs, given):
+            return self.model.generate(*args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a weighted sum of fused adapters is not defined."""
+        raise ModelError("FLARE adapters cannot be added up: what they compute is not linear in their weights.")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        SourceContext.of(self.model).remove()
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        raise no_merge()
+
+
+def no_merge() -> ModelError:
+    """The error of whoever asks PEFT to merge a FLARE adapter."""
+    return ModelError(
+        "A FLARE adapter cannot be merged into the weights of its model: its update depends on the source sentence.",
+        fix="keep the adapter beside the model (save_pretrained), or take it off: model.unload()",
+    )
+
+
+def _check(holds: bool, name: str, found: object, allowed: Any) -> None:
+    if not holds:
+        raise SetupError(f"FLARE cannot have this {name}.", found=repr(found), allowed=allowed)
+
+
+# Not `registry.register`: PEFT wants a prefix of its own for each method, and these leaves are LoRA's.
+_type = registry.peft_type("flare")
+PEFT_TYPE_TO_CONFIG_MAPPING[_type] = FlareConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_type] = FlareModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_type] = FlareModel.prefix

@@ -1,0 +1,117 @@
+"""Batches of pairs for FLARE: a target text and its source-language version, from two columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftlm.errors import DataError, SetupError
+
+
+@dataclass
+class FlareCollator:
+    """A data collator that tokenizes two columns of text into the call that a FLARE model takes.
+
+    Args:
+        tokenizer: of the model, for both texts.
+        target: column of the text in the target language.
+        source: column of the same text in the source language.
+        labels: column of the label, a number or a list of numbers as long as the tokens; None = no labels.
+        answer: for a decoder that writes: column of what it has to write after the target. It is appended with the end
+            mark; labels are -100 at the prompt, and ``fusion_mask`` is 1 there, so that only the prompt is fused, as
+            in ``generate``. No ``labels`` then.
+        max_length: longest text in tokens, for target and source each; None = as long as they are. An answer is not
+            cut.
+        id: column by which errors name a row, if there is one.
+
+    Returns:
+        Called with a list of rows: ``input_ids``, ``attention_mask``, ``source_input_ids``, ``source_attention_mask``,
+        each (batch, length), padded on the side that the tokenizer pads, and ``labels``, ``fusion_mask`` where asked.
+
+    Raises:
+        DataError: a row without one of the two texts, by its id. With ``Trainer``, `remove_unused_columns=False` keeps
+            the columns.
+
+    Example:
+        >>> collator = FlareCollator(tokenizer, target="danish", source="english")  # doctest: +SKIP
+        >>> sorted(collator([{"danish": "en kat", "english": "a cat", "label": 1}]))  # doctest: +SKIP
+        ['attention_mask', 'input_ids', 'labels', 'source_attention_mask', 'source_input_ids']
+    """
+
+    tokenizer: Any
+    target: str = "text"
+    source: str = "source"
+    labels: str | None = "label"
+    answer: str | None = None
+    max_length: int | None = None
+    id: str = "id"
+
+    def __post_init__(self) -> None:
+        if self.answer is not None:
+            if self.labels not in (None, "label"):
+                raise SetupError("A row has labels or an answer.", found=f"labels={self.labels!r}, {self.answer!r}")
+            self.labels = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        targets, sources = self._texts(rows, self.target), self._texts(rows, self.source)
+        source = self._tokens(sources)
+        batch = self._tokens(targets) if self.answer is None else self._written(targets, rows)
+        batch |= {f"source_{name}": source[name] for name in ("input_ids", "attention_mask")}
+        if self.labels is not None and self.labels in rows[0]:
+            batch["labels"] = self._labels([row[self.labels] for row in rows], batch["input_ids"].shape[1])
+        return batch
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
+        for number, row in enumerate(rows):
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                missing = "no such column" if column not in row else repr(row[column])
+                raise DataError(
+                    "FLARE needs a pair of texts in every row.",
+                    found=f"row {self.id}={row[self.id]!r}" if self.id in row else f"row {number} of the batch",
+                    allowed=f"a text in {column!r}, not {missing}; columns: {', '.join(map(str, row))}",
+                    fix="Trainer drops columns that the model does not name: "
+                    "TrainingArguments(remove_unused_columns=False)"
+                    if column not in row
+                    else "leave out rows without a partner",
+                )
+        return [row[column] for row in rows]
+
+    def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        found = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    def _written(self, targets: list[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        end = self.tokenizer.eos_token_id
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": [], "fusion_mask": []}
+        for target, answer in zip(targets, self._texts(rows, str(self.answer)), strict=True):
+            prompt = self.tokenizer(
+                target, truncation=self.max_length is not None, max_length=self.max_length
+            ).input_ids
+            written = self.tokenizer(answer, add_special_tokens=False).input_ids + ([] if end is None else [end])
+            columns["input_ids"].append(prompt + written)
+            columns["attention_mask"].append([1] * len(prompt + written))
+            columns["labels"].append([-100] * len(prompt) + written)
+            columns["fusion_mask"].append([1] * len(prompt) + [0] * len(written))
+        fills = {"input_ids": self.tokenizer.pad_token_id or 0, "attention_mask": 0, "labels": -100, "fusion_mask": 0}
+        length = max(map(len, columns["input_ids"]))
+        return {name: self._padded(values, length, fills[name]) for name, values in columns.items()}
+
+    def _labels(self, labels: list[Any], length: int) -> Tensor:
+        if isinstance(labels[0], Sequence):
+            return self._padded([list(row) for row in labels], length, -100)
+        return torch.tensor(labels)
+
+    def _padded(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
+        left = self.tokenizer.padding_side == "left"
+        pads = [[fill] * (length - len(row)) for row in rows]
+        return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)])

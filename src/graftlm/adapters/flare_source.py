@@ -1,0 +1,312 @@
+"""FLARE around the model: reads the source with the adapters off, and keeps it for the target's forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graftlm.adapters.flare_fusion import Source
+from graftlm.architectures import describe
+from graftlm.errors import DataError, ModelError, SetupError
+
+KEYWORDS = ("source_input_ids", "source_attention_mask", "source_token_type_ids", "fusion_mask")
+# Paths in a layer; both read the same tensor.
+QUERY_AND_VALUE = (
+    ("attention.self.query", "attention.self.value"),  # BERT, RoBERTa, XLM-R
+    ("attention.q_lin", "attention.v_lin"),  # DistilBERT
+    ("self_attn.q_proj", "self_attn.v_proj"),  # Llama, Qwen, Mistral, Gemma
+    ("layer.0.SelfAttention.q", "layer.0.SelfAttention.v"),  # T5, mT5
+)
+
+
+class Place(NamedTuple):
+    """Query and value projection of a layer: their paths in the model, and the ends of names that find all of them."""
+
+    query: str
+    value: str
+
+    @property
+    def ends(self) -> set[str]:
+        return {path.rpartition(".")[2] for path in self}
+
+
+def places_of(model: nn.Module) -> list[Place]:
+    """Where a model fuses, bottom first; in an encoder-decoder in the encoder's self-attention.
+
+    Raises:
+        ModelError: a layer without a query and a value projection of its own.
+    """
+    found = []
+    for layer in describe(model).layers:
+        if layer.stack == "decoder":
+            continue
+        modules = dict(layer.module.named_modules())
+        pair = next((pair for pair in QUERY_AND_VALUE if set(pair) <= modules.keys()), None)
+        if pair is None:
+            raise ModelError(
+                f"FLARE knows no query and value projection in a {type(layer.module).__name__}.",
+                found=f"{layer.name}: {', '.join(name for name, _ in layer.module.named_children())}",
+                allowed=[" and ".join(pair) for pair in QUERY_AND_VALUE],
+                fix="a model with separate layers for queries and values; GPT-2 and ModernBERT have one for both",
+            )
+        found.append(Place(*(f"{layer.name}.{path}" for path in pair)))
+    return found
+
+
+class SourceContext:
+    """What all fused projections of one model share: the source of the call that is being computed."""
+
+    def __init__(self, model: nn.Module):
+        self.places = places_of(model)
+        self.is_pair = any(layer.stack == "encoder" for layer in describe(model).layers)
+        self.current: Source | None = None
+        self.prompt: Source | None = None  # while generating
+        self._reading = False
+        self._replaying = False
+        self._fused_before = False
+        self._unbound: list[tuple[nn.Module, Callable]] = []
+        self._handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> SourceContext:
+        """The one that a model has, or a new one."""
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls(model)
+
+    def remove(self) -> None:
+        """Take it off its model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def source(self, shape: tuple[int, int]) -> Source | None:
+        """What a projection whose input has this (batch, length) is to fuse; None = plain LoRA.
+
+        Raises:
+            SetupError: a checkpoint that was not told which source its pass belongs to.
+            ModelError: an input that is not the target as it was given.
+        """
+        if self.current is None:
+            if self._fused_before and not self._replaying and torch._C._current_graph_task_id() != -1:
+                raise SetupError(
+                    "A layer is computed a second time for the backward pass, and its source is gone.",
+                    found="activation checkpointing that is not the model's own",
+                    fix="gradient_checkpointing=True in TrainingArguments, or model.activation_checkpointing_enable()",
+                )
+            return None
+        if shape != self.current.shape:
+            raise ModelError(
+                "A fused projection reads something else than the target that the model was given.",
+                found=f"(batch, length) = {shape}",
+                allowed=str(self.current.shape),
+                fix="no adapter_names and no packing together with source_input_ids",
+            )
+        return self.current
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Read the source; the model's own forward never sees our keywords."""
+        if self._reading:
+            return None
+        given = {name: kwargs.pop(name, None) for name in KEYWORDS}
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        if self.prompt is not None:
+            if not self.is_pair:
+                self.current = self._step(inputs)
+        else:
+            self.current = self.read(model, inputs, **given)
+            self._fused_before = self.current is not None
+        self._bind(model)
+        return args, kwargs
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Forget the source: autograd and `_bind` hold what the backward pass needs."""
+        if self._reading:
+            return
+        for module, function in self._unbound:
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
+        self._unbound = []
+        self.current = self.prompt if self.is_pair else None
+
+    def read(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        source_input_ids: Tensor | None = None,
+        source_attention_mask: Tensor | None = None,
+        source_token_type_ids: Tensor | None = None,
+        fusion_mask: Tensor | None = None,
+    ) -> Source | None:
+        """One pass over the source, for a target with these inputs; None without source or with the adapters off."""
+        if source_input_ids is None:
+            given = {
+                "source_attention_mask": source_attention_mask,
+                "source_token_type_ids": source_token_type_ids,
+                "fusion_mask": fusion_mask,
+            }
+            if found := [name for name, tensor in given.items() if tensor is not None]:
+                raise DataError(
+                    "Something was given for a source that is not there.",
+                    found=", ".join(found),
+                    fix="model(…, source_input_ids=…, source_attention_mask=…)",
+                )
+            return None
+        if any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)):
+            return None
+        target = _target(model, inputs, fusion_mask, self.is_pair)
+        mask = torch.ones_like(source_input_ids) if source_attention_mask is None else source_attention_mask
+        if source_input_ids.ndim != 2 or mask.shape != source_input_ids.shape or len(mask) != len(target):
+            raise DataError(
+                "Source and target are no pairs.",
+                found=f"source_input_ids {tuple(source_input_ids.shape)}, source_attention_mask {tuple(mask.shape)}, "
+                f"{len(target)} target rows",
+                allowed="(batch, source length) twice, a row for each row of the target",
+            )
+        types = {} if source_token_type_ids is None else {"token_type_ids": source_token_type_ids}
+        states = self._states(model, input_ids=source_input_ids, attention_mask=mask, **types)
+        tokens = mask.bool()
+        # Padding may hold anything, even NaN where a row has no token at all: none of it may reach a gradient.
+        clean = tuple(state.masked_fill(~tokens.to(state.device)[..., None], 0.0) for state in states)
+        return Source(clean, tokens, target)
+
+    def _states(self, model: nn.Module, **inputs: Any) -> list[Tensor]:
+        backbone: Any = getattr(model, "base_model", model)
+        if self.is_pair:
+            first = describe(model).layers[0].name.split(".")
+            backbone = model.get_submodule(".".join(first[:-2]))
+        states: list[Tensor] = []
+        handles = [
+            model.get_submodule(place.query).register_forward_pre_hook(partial(_keep, states)) for place in self.places
+        ]
+        more = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
+        self._reading = True
+        try:
+            with _at_rest(model), torch.no_grad():
+                output = backbone(**inputs, **more)
+        finally:
+            self._reading = False
+            for handle in handles:
+                handle.remove()
+        return [*states, output[0]]
+
+    def _step(self, inputs: dict[str, Any]) -> Source | None:
+        """The part of the prompt's source that one forward pass of `generate` needs."""
+        prompt = self.prompt
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if prompt is None or tokens is None:
+            return None
+        if len(tokens) != len(prompt.target):
+            self.prompt = prompt = prompt.repeated(len(tokens) // len(prompt.target))
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        now, length = tokens.shape[1], prompt.target.shape[1]
+        if past >= length:
+            return None
+        target = functional.pad(prompt.target, (0, max(0, past + now - length)))[:, : past + now]
+        return Source(prompt.states, prompt.mask, target, now)
+
+    def _bind(self, model: nn.Module) -> None:
+        """Layers that are computed again in the backward pass find the source of *this* call then."""
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and getattr(module, "gradient_checkpointing", False):
+                self._unbound.append((module, function))
+                module._gradient_checkpointing_func = partial(self._checkpoint, function, self.current)  # type: ignore[assignment]
+
+    def _checkpoint(self, function: Callable, record: Source | None, layer: Callable, *args: Any) -> Any:
+        def run(*inner: Any) -> Any:
+            before = self.current, self._replaying
+            self.current, self._replaying = record, True
+            try:
+                return layer(*inner)
+            finally:
+                self.current, self._replaying = before
+
+        return function(run, *args)
+
+    @contextmanager
+    def generating(self, model: nn.Module, inputs: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
+        """Within it `model.generate` fuses the prompt with the source."""
+        if inputs.get("attention_mask") is None and given.get("fusion_mask") is None:
+            raise DataError("generate() with a source needs to know the tokens of the prompt.", fix="attention_mask=…")
+        self.prompt = self.read(model, inputs, **given)
+        self.current = self.prompt if self.is_pair else None
+        try:
+            yield
+        finally:
+            self.prompt = self.current = None
+
+
+def _target(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_pair: bool) -> Tensor:
+    """Which tokens of the target are fused, (batch, length)."""
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise DataError("A source was given, and no target to fuse it into.", fix="model(input_ids=…, …)")
+    shape = tuple(tokens.shape[:2])
+    labels = inputs.get("labels")
+    writes = not is_pair and "ForCausalLM" in type(model).__name__
+    if fusion_mask is None and writes and labels is not None:
+        raise SetupError(
+            "Training a decoder to write needs to know which tokens are the prompt: only these are fused, in training "
+            "and in generate() alike.",
+            found="labels, and no fusion_mask",
+            fix="fusion_mask=…, (batch, length), 1 at the prompt and 0 at the answer; graftlm.FlareCollator makes it",
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise DataError(
+            "FLARE needs a mask of the target's tokens.",
+            found=f"attention_mask {tuple(mask.shape)}",
+            allowed=str(shape),
+        )
+    real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    if fusion_mask is None:
+        return real
+    if tuple(fusion_mask.shape) != shape:
+        raise DataError(
+            "The fusion_mask is not as large as the target.",
+            found=str(tuple(fusion_mask.shape)),
+            allowed=str(shape),
+        )
+    return real & fusion_mask.bool()
+
+
+def _keep(states: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    states.append(args[0].detach())
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Adapters and dropout off, and all as it was afterwards; PEFT's own switch would thaw what is frozen."""
+    training = [module for module in model.modules() if module.training]
+    switches = [
+        (module, module._disable_adapters)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    for module in training:
+        module.training = False
+    for module, _ in switches:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, switch in switches:
+            module._disable_adapters = switch

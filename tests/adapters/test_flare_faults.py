@@ -1,0 +1,222 @@
+"""What went wrong in the authors' release, fault by fault: padding, checkpointing, attention, positions, writing."""
+
+import copy
+
+import pytest
+import torch
+from adapters.flares import ARCHITECTURES, flare, left, outputs, pair, target_of
+from tiny import DECODERS, ENCODER_DECODERS, tiny_model
+from torch.utils.checkpoint import checkpoint
+
+import graftlm
+from graftlm.errors import DataError, SetupError
+
+WRITERS = tuple(name for name in DECODERS if name in ARCHITECTURES)
+# What these models do with padding on the left, whatever the adapter: positions that count it, a head that reads
+# the first token, decoder inputs that are shifted from it.
+ABSOLUTE = ("bert", "distilbert")
+TARGET_ON_THE_RIGHT = ("roberta", "xlm-roberta", "t5", "mt5")
+
+
+def with_left_padding(batch, *, target=True):
+    found = dict(batch)
+    found["source_input_ids"], found["source_attention_mask"] = left(
+        batch["source_input_ids"], batch["source_attention_mask"]
+    )
+    if target:
+        found["input_ids"], found["attention_mask"] = left(batch["input_ids"], batch["attention_mask"])
+    return found
+
+
+@pytest.mark.supports("FLARE", "padding left and right")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_of_one_is_a_batch_of_many_with_padding_on_either_side(architecture):
+    model, batch = flare(architecture, align="relative"), pair(architecture)
+    many = outputs(model, batch)
+    if architecture not in ABSOLUTE:
+        padded = with_left_padding(batch, target=architecture not in TARGET_ON_THE_RIGHT)
+        torch.testing.assert_close(outputs(model, padded), many, rtol=1e-4, atol=1e-5)
+    for row in range(4):
+        t, s = batch["attention_mask"][row].bool(), batch["source_attention_mask"][row].bool()
+        one = {
+            "input_ids": batch["input_ids"][row, t][None],
+            "source_input_ids": batch["source_input_ids"][row, s][None],
+        }
+        torch.testing.assert_close(outputs(model, one), many[row : row + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("align", ["position", "pooled", "attention"])
+def test_what_stands_at_padding_changes_nothing(align):
+    model, batch = flare("xlm-roberta", align=align), pair("xlm-roberta")
+    wanted = outputs(model, batch)
+    spoilt = batch["source_input_ids"].masked_fill(batch["source_attention_mask"] == 0, 50)
+    torch.testing.assert_close(outputs(model, batch | {"source_input_ids": spoilt}), wanted)
+
+
+@pytest.mark.parametrize("architecture", ["xlm-roberta", "llama"])
+def test_a_row_without_any_source_token_has_plain_lora(architecture):
+    model, batch = flare(architecture), pair(architecture)
+    batch["source_attention_mask"][1] = 0
+    plain, found = outputs(model, target_of(batch)), outputs(model, batch)
+    torch.testing.assert_close(found[1], plain[1])
+    assert (found[0] - plain[0]).abs().max() > 1e-4
+    model(**batch).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.supports("FLARE", "gradient checkpointing")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointing_gives_the_same_gradients(architecture):
+    first, second = pair(architecture), pair(architecture, source_length=6, seed=11)
+    gradients = []
+    for use_reentrant in (None, False, True):
+        model = flare(architecture).train()
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        one = model(**first).loss
+        two = model(**second).loss  # a later call must not take the place of the first one's source
+        outputs(model, target_of(first))
+        (one + 2 * two).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "lora_B" in name)
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_that_loses_the_source_is_an_error():
+    model, batch = flare("llama").train(), pair("llama")
+    layer = model.base_model.model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    loss = model(**batch).loss
+    with pytest.raises(SetupError, match=r"its source is gone(.|\n)*gradient_checkpointing=True"):
+        loss.backward()
+
+
+@pytest.mark.supports("FLARE", "eager = SDPA")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_eager_and_sdpa_are_the_same(architecture):
+    batch = pair(architecture)
+    try:
+        bases = [tiny_model(architecture, dropout=0.0, attn_implementation=name) for name in ("eager", "sdpa")]
+    except ValueError as error:
+        pytest.skip(str(error))
+    found = [outputs(flare(architecture, base=base), batch) for base in bases]
+    assert [base.config._attn_implementation for base in bases] == ["eager", "sdpa"]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_target_as_its_own_source_is_not_plain_lora():
+    model, batch = flare("bert"), target_of(pair("bert"))
+    twice = {f"source_{name}": batch[name] for name in ("input_ids", "attention_mask")}
+    assert (outputs(model, batch | twice) - outputs(model, batch)).abs().max() > 1e-3
+
+
+def test_the_source_is_read_without_dropout_and_gradient_and_nothing_is_left_changed():
+    model, batch = flare("llama", dropout=0.5).train(), pair("llama")
+    frozen = [p for name, p in model.named_parameters() if "lora_" in name and "layers.0" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before = {name: module.training for name, module in model.named_modules()}
+    context = model.base_model.model.model.layers[0].self_attn.q_proj.lora_variant["default"].context
+    state = torch.get_rng_state()
+    sources = {name: value for name, value in batch.items() if name.startswith("source_")}
+    records = [context.read(model.base_model.model, target_of(batch), **sources) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(records[0].states, records[1].states, strict=True):
+        assert torch.equal(one, other) and not one.requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == before
+    model(**batch)
+    assert not any(p.requires_grad for p in frozen) and context.current is None
+
+
+def writer(architecture, **settings):
+    return flare(architecture, "causal_lm", task_type="CAUSAL_LM", **settings).eval()
+
+
+@pytest.mark.parametrize("align", ["position", "relative"])
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_in_training_the_prompt_is_fused_as_in_generate(architecture, align):
+    """Answers of any length, padded on the left: the prompt's logits are those without an answer."""
+    model, batch = writer(architecture, align=align), pair(architecture, "causal_lm")
+    sources = {name: value[:1] for name, value in batch.items() if name.startswith("source_")}
+    prompt = batch["input_ids"][:1]
+    wanted = outputs(model, {"input_ids": prompt, **sources})
+    for answer, padding in ((3, 0), (6, 2)):
+        ids = torch.cat([prompt.new_zeros(1, padding), prompt, prompt.new_full((1, answer), 9)], 1)
+        mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+        fuse = mask * (torch.arange(ids.shape[1]) < padding + prompt.shape[1])
+        found = outputs(
+            model, {"input_ids": ids, "attention_mask": mask, "fusion_mask": fuse, "labels": ids.clone(), **sources}
+        )
+        torch.testing.assert_close(found[:, padding : padding + prompt.shape[1]], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.supports("FLARE", "generate")
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_generating_equals_a_full_forward_token_by_token(architecture):
+    model, batch = writer(architecture, align="relative"), with_left_padding(pair(architecture, "causal_lm"))
+    batch.pop("labels")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    more = {"output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(**batch, **settings, **more)
+    assert torch.equal(model.generate(**batch, **settings, use_cache=False), found.sequences)
+    plain = model.generate(**target_of(batch), **settings, **more)
+    assert (plain.logits[0] - found.logits[0]).abs().max() > 1e-3
+    length = batch["input_ids"].shape[1]
+    for step, logits in enumerate(found.logits):
+        written = torch.ones(4, step, dtype=torch.long)
+        full = batch | {
+            "input_ids": found.sequences[:, : length + step],
+            "attention_mask": torch.cat([batch["attention_mask"], written], 1),
+            "fusion_mask": torch.cat([batch["attention_mask"], 0 * written], 1),
+        }
+        torch.testing.assert_close(outputs(model, full)[:, -1], logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.supports("FLARE", "generate")
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
+def test_an_encoder_decoder_fuses_in_its_encoder_while_it_generates(architecture):
+    model = flare_pair(architecture)
+    batch = pair(architecture, "seq2seq_lm")
+    batch.pop("labels")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    found = model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+    for step, logits in enumerate(found.logits):
+        full = batch | {"decoder_input_ids": found.sequences[:, : step + 1]}
+        torch.testing.assert_close(outputs(model, full)[:, -1], logits, rtol=1e-3, atol=1e-4)
+    plain = outputs(model, target_of(batch) | {"decoder_input_ids": found.sequences[:, :1]})
+    assert (plain[:, -1] - found.logits[0]).abs().max() > 1e-3
+
+
+def flare_pair(architecture):
+    return flare(architecture, "seq2seq_lm", task_type="SEQ_2_SEQ_LM").eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_beams_and_several_answers_keep_their_own_source(architecture):
+    writes = architecture == "llama"
+    model = writer(architecture) if writes else flare_pair(architecture)
+    batch = pair(architecture, "causal_lm" if writes else "seq2seq_lm")
+    batch = with_left_padding(batch) if writes else batch
+    batch.pop("labels")
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    settings["pad_token_id"] = 0
+    many = model.generate(**batch, **settings)
+    for row in range(4):
+        one = model.generate(**{name: value[row : row + 1] for name, value in batch.items()}, **settings)
+        assert torch.equal(one[:, -3:], many[2 * row : 2 * row + 2, -3:])
+
+
+def test_generate_asks_for_the_prompts_mask_and_leaves_nothing_behind():
+    model, batch = writer("llama"), pair("llama", "causal_lm")
+    sources = {name: value for name, value in batch.items() if name.startswith("source_")}
+    with pytest.raises(DataError, match="tokens of the prompt"):
+        model.generate(input_ids=batch["input_ids"], **sources)
+    with pytest.raises(DataError, match="source that is not there"):
+        model.generate(input_ids=batch["input_ids"], source_attention_mask=batch["source_attention_mask"])
+    context = graftlm.adapters.flare.SourceContext.of(model.base_model.model)
+    assert context.prompt is context.current is None
+    assert copy.deepcopy(model).base_model.model is not model.base_model.model
