@@ -13,8 +13,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import get_peft_model
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForMaskedLM
 
+from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.recipe import Recipe, load_recipe
 
 COLOURS = ("red", "blue", "green")
@@ -35,6 +39,19 @@ def save_model(folder: Path, architecture: str = "bert", **config: Any) -> Path:
     """A tiny pretrained model without a task's head, with its tokenizer."""
     tiny_model(architecture, "base", **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_language_adapter(folder: Path, base: Path, *, seed: int = 1, size: int = 6, **config: Any) -> Path:
+    """A bottleneck adapter with drawn weights for a saved masked language model."""
+    model = AutoModelForMaskedLM.from_pretrained(base)
+    adapter = get_peft_model(model, BottleneckConfig(bottleneck_size=size, **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if ".default." in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapter.save_pretrained(folder)
     return folder
 
 

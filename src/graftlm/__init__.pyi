@@ -1,3 +1,4 @@
+from .adapters.adapterhub import convert_adapterhub as convert_adapterhub
 from .adapters.bottleneck import BottleneckConfig as BottleneckConfig
 from .adapters.flare import FlareConfig as FlareConfig
 from .adapters.flare_data import FlareCollator as FlareCollator

@@ -18,15 +18,17 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LOR
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftlm import language_adapters
 from graftlm import recipe as recipes
 from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.architectures import describe
 from graftlm.data import starter_path
 from graftlm.errors import DataError, GraftError, ModelError, RecipeError
+from graftlm.language_adapters import ADAPTER
 from graftlm.recipe import Recipe
 from graftlm.tasks import Task, check_length, task_for
 
-ADAPTER, MODEL = "adapter", "model"
+MODEL = "model"
 RESOLVED = "recipe.resolved.yaml"
 
 
@@ -224,7 +226,9 @@ def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: 
         invertible=chosen.invertible,
         modules_to_save=list(fresh) or None,
     )
-    return Loaded(peft.get_peft_model(model, config), fresh, ())
+    adapted = peft.get_peft_model(model, config, adapter_name=language_adapters.TASK)
+    language_adapters.add(adapted, recipe)
+    return Loaded(adapted, fresh, ())
 
 
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -259,8 +263,8 @@ def save(
     target = folder / (ADAPTER if adapted else MODEL)
     with renamed_into(target) as temporary:
         if adapted:
-            # without embeddings: LoRA does not change them, and PEFT would ask the hub whether they have grown
-            model.save_pretrained(temporary, save_embedding_layers=False)
+            # without embeddings: no adapter changes them, and PEFT would ask the hub whether they have grown
+            model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=[language_adapters.TASK])
             model.config.save_pretrained(temporary)  # the label names, which an adapter does not hold
             file = temporary / "adapter_config.json"
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -274,20 +278,21 @@ def save(
     return target
 
 
-def load(folder: str | os.PathLike[str], *, tokenizer: bool = False) -> Any:
+def load(folder: str | os.PathLike[str], *, tokenizer: bool = False, language: str | None = None) -> Any:
     """The model that a run made, ready for inference: its adapter on its base, or the fully fine-tuned model.
 
     Args:
         folder: a run folder, such as `runs/demo`.
         tokenizer: also return the tokenizer.
+        language: tag of the language adapter below the task adapter, of a recipe that has such; None: the source's.
 
     Returns:
         The model in evaluation mode; with `tokenizer=True` the pair (model, tokenizer). `model.config.id2label` has the
         label names.
 
     Raises:
-        DataError: the folder holds no finished run.
-        ModelError: the base model cannot be found.
+        DataError: the folder holds no finished run, or the recipe has no adapter of this language.
+        ModelError: the base model or a language adapter cannot be found.
     """
     folder = Path(folder)
     if not (folder / RESOLVED).is_file():
@@ -306,6 +311,15 @@ def load(folder: str | os.PathLike[str], *, tokenizer: bool = False) -> Any:
             base, config=config, trust_remote_code=False, dtype=torch.float32, ignore_mismatched_sizes=True
         )
         if weights.name == ADAPTER:
-            model = peft.PeftModel.from_pretrained(model, str(weights))
+            model = peft.PeftModel.from_pretrained(model, str(weights), adapter_name=language_adapters.TASK)
+    if recipe.adapter.language_adapters:
+        language_adapters.add(model, recipe)
+        language_adapters.use(model, recipe, language or recipe.source, inference_mode=True)
+    elif language is not None:
+        raise DataError(
+            "the run has no language adapters to choose from",
+            found=language,
+            fix="adapter.language_adapters in its recipe",
+        )
     model.eval()
     return (model, made) if tokenizer else model

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from graftlm.data import STARTER, starter_path
 from graftlm.errors import ModelError
-from graftlm.folder import ADAPTER, MODEL, RESOLVED, locate
+from graftlm.folder import MODEL, RESOLVED, locate
+from graftlm.language_adapters import ADAPTER
 from graftlm.recipe import Recipe
 
 

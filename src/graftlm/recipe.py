@@ -8,13 +8,11 @@ it came from.
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     PrivateAttr,
     ValidationError,
@@ -24,7 +22,7 @@ from pydantic import (
 )
 
 from graftlm import recipe_errors, yaml_lines
-from graftlm.recipe_adapter import Adapter, Count, Part, Positive, Share
+from graftlm.recipe_adapter import Adapter, Count, Language, Part, Positive, Share
 
 TaskName = Literal[
     "classification",
@@ -39,14 +37,7 @@ Schedule = Literal["standard", "gradual", "reverse", "random", "fixed", "lpft", 
 LANGUAGE_MODELLING = ("causal_lm", "masked_lm")
 FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 TEXT_TYPES = (".txt", ".txt.gz")
-_LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-def _language_tag(tag: str) -> str:
-    if not _LANGUAGE.fullmatch(tag):
-        raise ValueError(f"{tag!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
-    return tag
 
 
 class Source(Part):
@@ -78,7 +69,7 @@ class Data(Part):
 
     train: Source = Field(description="labelled text, or raw text (files: a pattern such as novels/*.txt too)")
     dev: Source | None = Field(None, description="source-language text that the best checkpoint is chosen on")
-    test: dict[str, Source] = Field(min_length=1, description="language tag → text that is scored once, at the end")
+    test: dict[Language, Source] = Field(min_length=1, description="language tag → text that is scored at the end")
     text: str = Field("text", description="text column (token_classification: list of words; QA: question)")
     text_b: str | None = Field(None, description="second text of a pair (QA: context)")
     label: str = Field("label", description="label column (QA: SQuAD's answers, or answer texts)")
@@ -87,11 +78,6 @@ class Data(Part):
     label_separator: str | None = Field(None, min_length=1, description="splits multi-label cells of a CSV file")
     documents: Literal["paragraphs", "lines", "files"] = Field("paragraphs", description="of .txt files, for raw text")
     old: tuple[str, ...] = Field((), description="raw text: languages of `test` that the model knew before")
-
-    @field_validator("test")
-    @classmethod
-    def _language_tags(cls, test: dict[str, Source]) -> dict[str, Source]:
-        return {_language_tag(tag): source for tag, source in test.items()}
 
 
 class Unfreezing(Part):
@@ -213,9 +199,7 @@ class Recipe(Part):
     name: str = Field(pattern=_FOLDER_NAME, description="folder name under output.folder")
     model: str = Field("starter", min_length=1, description="starter, a hub id, or a local folder")
     task: TaskName = "classification"
-    source: Annotated[str, AfterValidator(_language_tag)] = Field(
-        "eng", description="language tag of the training text"
-    )
+    source: Language = Field("eng", description="language tag of the training text")
     data: Data
     adapter: Adapter = Adapter()
     unfreezing: Unfreezing | None = Field(None, description="null: plain training")
@@ -298,6 +282,8 @@ class Recipe(Part):
         values = self.values()
         values["model"] = move(self.model) if self.model != "starter" else self.model
         data, dropout = values["data"], values["dropout"] or {"rates": None, "texts": None}
+        for tag, place in values["adapter"].get("language_adapters", {}).items():
+            values["adapter"]["language_adapters"][tag] = move(place)
         if dropout["rates"]:
             dropout["rates"] = move(dropout["rates"])
         places = [(data, "train"), (data, "dev"), (dropout, "texts"), *((data["test"], tag) for tag in data["test"])]

@@ -1,8 +1,29 @@
 """What a recipe adds to the model, and what every part of a recipe is built on."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*")
+
+
+def language_tag(tag: str) -> str:
+    """The tag, if it is one."""
+    if not _LANGUAGE.fullmatch(tag):
+        raise ValueError(f"{tag!r} is no language tag; allowed: such as eng, de, pt-BR, zho_Hans")
+    return tag
+
+
+Language = Annotated[str, AfterValidator(language_tag)]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -17,7 +38,16 @@ class Part(BaseModel):
 
 _KEYS = {
     "lora": ("r", "alpha", "dropout", "target_modules"),
-    "bottleneck": ("kind", "reduction_factor", "bottleneck_size", "activation", "dropout", "scaling", "invertible"),
+    "bottleneck": (
+        "kind",
+        "reduction_factor",
+        "bottleneck_size",
+        "activation",
+        "dropout",
+        "scaling",
+        "invertible",
+        "language_adapters",
+    ),
     "none": (),
 }
 
@@ -38,10 +68,20 @@ class Adapter(Part):
     activation: str = Field("relu", description="bottleneck: a name of transformers' ACT2FN")
     scaling: Positive = Field(1.0, description="bottleneck: constant factor of the adapter's part")
     invertible: bool = Field(False, description="bottleneck: an invertible adapter at the embeddings too")
+    language_adapters: dict[Language, Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="bottleneck: language tag → run folder, adapter folder or hub id of the adapter that lies below",
+    )
+
+    def how_to_make(self, language: str) -> str:
+        """The command that trains a language adapter."""
+        name = f"name=language-{language} source={language}"
+        return f"graftlm train language-adapter.yaml {name} adapter.kind={self.kind} data.train=TEXT"
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         kept = {"method", *_KEYS[self.method]} - ({"reduction_factor"} if self.bottleneck_size else {"bottleneck_size"})
+        kept -= set() if self.language_adapters else {"language_adapters"}
         return {key: value for key, value in serialize(self).items() if key in kept}
 
     @model_validator(mode="after")

@@ -65,6 +65,21 @@ def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
     for tag in recipe.data.old:
         if tag not in recipe.data.test:
             raise ValueError(f"data.old: {tag!r} has no text in data.test; allowed: {', '.join(recipe.data.test)}")
+    _refuse_gaps(recipe, raw)
+
+
+def _refuse_gaps(recipe: Any, raw: bool) -> None:
+    """Raises where a language of the recipe has no language adapter while others have one."""
+    known = recipe.adapter.language_adapters
+    if known and raw:
+        raise ValueError(f"task: {recipe.task} trains a language adapter; delete adapter.language_adapters")
+    for tag in (recipe.source, *recipe.data.test):
+        if known and tag not in known:
+            raise ValueError(
+                f"adapter.language_adapters: none for {tag!r}, which is scored or trained in; there: "
+                f"{', '.join(known)}; write adapter.language_adapters.{tag}=FOLDER, or leave {tag} out of data.test; "
+                f"to train one: {recipe.adapter.how_to_make(tag)}"
+            )
 
 
 def refuse_non_finite(values: Any, name: str, origins: Mapping[Path_, str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from graftlm import language_adapters
 from graftlm import recipe as recipes
 from graftlm.data import Split
 from graftlm.errors import DataError, RecipeError
@@ -94,10 +95,8 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     _train(prepared, folder)
 
     began = time.perf_counter()
-    scored = {
-        language: Scored(split, predict(trainer, prepared.task, split, prepared.tokenizer, recipe))
-        for language, split in prepared.splits.test.items()
-    }
+    said = _in_each_language(trainer, prepared.task, prepared.splits.test, prepared.tokenizer, recipe)
+    scored = {language: Scored(split, said[language]) for language, split in prepared.splits.test.items()}
     seconds = time.perf_counter() - began
     base = _base_predictions(recipe, prepared.task, scored, prepared.tokenizer, progress=progress)
     reference = _standard_reference(recipe, folder, progress=progress)
@@ -159,7 +158,20 @@ def _predictions(
     with tempfile.TemporaryDirectory() as nowhere:
         arguments = training_arguments(bare, Path(nowhere), progress=progress)
         trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
-        return {language: predict(trainer, task, split, tokenizer, recipe) for language, split in splits.items()}
+        return _in_each_language(trainer, task, splits, tokenizer, recipe)
+
+
+def _in_each_language(
+    trainer: Trainer, task: Task, splits: Mapping[str, Split], tokenizer: Any, recipe: Recipe
+) -> dict[str, list[Prediction]]:
+    """Predictions for each split, with the language's own adapter below the task's where the recipe has such."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = {}
+    for language, split in splits.items():
+        language_adapters.use(model, recipe, language)
+        found[language] = predict(trainer, task, split, tokenizer, recipe)
+    language_adapters.use(model, recipe, recipe.source)
+    return found
 
 
 def _base_predictions(
@@ -359,6 +371,7 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
         seed=recipe.seed,
         scores=tuple(scores),
         forgetting=_forgetting(recipe, scores),
+        language_adapters=recipe.adapter.language_adapters or None,
         cost=Cost(
             train_seconds=prepared.clock.seconds,
             trace_seconds=prepared.schedule.trace_seconds if prepared.schedule else None,

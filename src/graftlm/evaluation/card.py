@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from graftlm import yaml_lines
@@ -111,6 +112,8 @@ import graftlm
 
 model = graftlm.load({_code(folder.name)})  # the run folder; model.config.id2label names the labels
 ```"""
+    if result.language_adapters:
+        return whole + _how_to_swap(folder, result.language_adapters)
     _, auto = _TASKS.get(result.task, ("", "AutoModel"))
     if not _is_adapter(folder):
         return (
@@ -148,6 +151,20 @@ model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 ```"""
     )
+
+
+def _how_to_swap(folder: Path, adapters: Mapping[str, str]) -> str:
+    other = list(adapters)[-1]
+    rows = "\n".join(f"| {markdown_text(language_name(tag))} | {markdown_text(at)} |" for tag, at in adapters.items())
+    return f"""
+
+`adapter/` holds the task adapter. It works over a language adapter: one is chosen with
+`graftlm.load({_code(folder.name)}, language={_code(other)})`, and swapped later with
+`graftlm.stack(model, ["lang_{other}", "default"])`. They are not in this folder; the recipe says where they lie:
+
+| language | adapter |
+| --- | --- |
+{rows}"""
 
 
 def _peft_type(folder: Path) -> str | None:

@@ -102,6 +102,9 @@ class Result(Record):
         None,
         description="per language that the model knew before, its `change`; negative: loss; null: not measured",
     )
+    language_adapters: dict[str, str] | None = Field(
+        None, description="language → the adapter that lies below the task adapter in it, as in the recipe; null: none"
+    )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")
     licences: Licences = Field(default_factory=Licences, description="licences of what went in and came out")
