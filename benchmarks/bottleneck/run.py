@@ -1,0 +1,211 @@
+"""The study of MAD-X stacks on sib200: novels, language adapters, folds, runs, rows, and the tables of the README.
+
+    python benchmarks/bottleneck/run.py --data DATA [--work FOLDER] [--shard i/n]
+    python benchmarks/bottleneck/run.py                                    the tables, from rows that are there
+
+DATA is the folder with multilingual/sib200_topic and raw_text/adl_dan. Resumable: what is finished is not repeated.
+Start it once per core; the processes divide the runs among them. Folds, rows and statistics are those of
+benchmarks/unfreezing/run.py.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NOVELS = {"eng": "eltec_eng", "deu": "eltec_deu", "fra": "eltec_fra", "por": "eltec_por", "ces": "eltec_ces"}
+NOVELS |= {"dan": "adl_dan"}
+PASSAGES = {"train": 300, "dev": 16}
+
+_spec = importlib.util.spec_from_file_location("unfreezing_study", HERE.parent / "unfreezing" / "run.py")
+if _spec is None or _spec.loader is None:
+    sys.exit("benchmarks/unfreezing/run.py is missing")
+driver = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(driver)
+driver.LANGUAGES = {tag: f"{tag}_Latn" for tag in NOVELS}
+
+
+def write_novels(data: Path, folder: Path) -> None:
+    """Passages of novels in each language, drawn once (seed 0): text to train on, and text that is scored."""
+    from graftlm.evaluation.record import write_text
+
+    for tag, name in NOVELS.items():
+        for split, count in PASSAGES.items():
+            target = folder / f"{split}.{tag}.jsonl"
+            if target.exists():
+                continue
+            with gzip.open(data / name / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+                texts = [json.loads(line)["text"] for line in file]
+            chosen = random.Random(0).sample(texts, count)
+            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen]
+            write_text(target, "".join(lines))
+
+
+def language_recipe(work: Path, tag: str, overrides: list[str] | None = None):
+    """The run that trains one language adapter."""
+    from graftlm.recipe import load_recipe
+
+    return load_recipe(
+        work / "language.yaml",
+        [
+            f"name=language-{tag}",
+            f"source={tag}",
+            f"data.train=novels/train.{tag}.jsonl",
+            f"data.test={{{tag}: novels/dev.{tag}.jsonl}}",
+            f"output.folder={json.dumps(str(work / 'languages'))}",
+            *(overrides or []),
+        ],
+    )
+
+
+def train_languages(work: Path, overrides: list[str]) -> None:
+    """Every language adapter, once; waits for those that another process trains."""
+    from graftlm.study.runner import DONE, TAKEN, do_in_process, error_of, finished
+
+    recipes = [language_recipe(work, tag, overrides) for tag in NOVELS]
+    while left := [recipe for recipe in recipes if not finished(recipe)]:
+        for recipe in left:
+            began = time.monotonic()
+            code = do_in_process(recipe, work / "languages.state")
+            if code == DONE:
+                logging.info("%s (%.0f s)", recipe.name, time.monotonic() - began)
+            elif code != TAKEN:
+                sys.exit(f"{recipe.name}: {error_of(work / 'languages.state', recipe.name)}")
+        time.sleep(2)
+
+
+def with_tuned_rates(study):
+    """The study with each arm's learning rate set to the one that is best on English dev, on fold 1 with seed 0.
+
+    Also returns the study of those trials. Waits for the trials that another process does.
+    """
+    from graftlm.study.execute import execute, tuned
+
+    trials = replace(study, name="tuning", folds=study.folds[:1], seeds=study.seeds[:1])
+    execute(trials)
+    while any(tuned(trials, run) is None for run in trials.scored()):
+        time.sleep(2)
+    chosen = [trials.tune[tuned(trials, run).choice] for run in trials.scored()]
+    variants = [replace(one, values=one.values | rate) for one, rate in zip(study.variants, chosen, strict=True)]
+    return replace(study, variants=tuple(variants), tune=()), trials
+
+
+def tuning_table(rows: list[dict]) -> str:
+    """What each arm scored on English dev in the trials."""
+    rates = list(dict.fromkeys(str(rate) for row in rows for rate in row["tuned"].values()))
+    lines = ["| English dev, fold 1, seed 0 | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [f"{100 * row['dev']:.1f}" for row in rows if row["variant"] == variant]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def language_rows(work: Path, overrides: list[str]) -> list[dict]:
+    """What each language adapter learned of its novels."""
+    from graftlm.evaluation.result import Result
+
+    rows = []
+    for tag in NOVELS:
+        result = Result.read(language_recipe(work, tag, overrides).folder)
+        (score,) = result.scores
+        rows.append(
+            {
+                "language": tag,
+                "metric": result.metric,
+                "before": score.base.value if score.base else None,
+                "after": result.primary(score).value,
+                "change": score.change.model_dump() if score.change else None,
+                "cost": result.cost.model_dump(),
+                "versions": result.versions,
+            }
+        )
+    return rows
+
+
+def language_table(rows: list[dict]) -> str:
+    lines = ["| novels, held out | nats a masked token, before | after | change, 95 % interval | seconds |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows:
+        found = row["change"]
+        change = f"{-found['value']:+.2f} ({-found['high']:+.2f} to {-found['low']:+.2f})"
+        seconds = row["cost"]["train_seconds"]
+        lines.append(f"| {row['language']} | {row['before']:.2f} | {row['after']:.2f} | {change} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def by_language(rows: list[dict]) -> str:
+    """Secondary: each arm against the first in each language, Holm's correction over all of them."""
+    import numpy as np
+
+    from graftlm.measure.statistics import holm, paired_bootstrap
+
+    table, _, _ = driver.outcomes(rows)
+    first, *others = table
+    pairs = [(variant, tag) for variant in others for tag in NOVELS]
+    found = [paired_bootstrap(table[v][tag], table[first][tag], resamples=driver.RESAMPLES) for v, tag in pairs]
+    lines = [f"| against {first}, by language | difference | 95 % interval | p | p, Holm |", "|---|---|---|---|---|"]
+    for (variant, tag), one, p in zip(pairs, found, holm(np.array([one.p for one in found])), strict=True):
+        lines.append(driver._difference(f"{variant}, {tag}" + (" (tuned on)" if tag == "eng" else ""), one, p))
+    return "\n".join(lines)
+
+
+def tables(folder: Path) -> str:
+    """All tables of the README, from the rows alone."""
+    read = {
+        name: [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("rows.languages.jsonl", "rows.tuning.jsonl", "rows.study.jsonl")
+        if (folder / name).is_file()
+    }
+    parts = [language_table(read["rows.languages.jsonl"])] if "rows.languages.jsonl" in read else []
+    parts += [tuning_table(read["rows.tuning.jsonl"])] if "rows.tuning.jsonl" in read else []
+    if rows := read.get("rows.study.jsonl"):
+        parts += [driver.summary(rows), by_language(rows)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, help="the folder with multilingual/ and raw_text/")
+    arguments.add_argument("--work", type=Path, default=HERE / "work", help="text and run folders (git ignores it)")
+    arguments.add_argument("--shard", default="1/1")
+    arguments.add_argument("--language", nargs="*", default=[], metavar="KEY=VALUE", help="for the language adapters")
+    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the recipe that all runs share")
+    given = arguments.parse_args()
+    if given.data is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        work = given.work.absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ("recipe.yaml", "language.yaml", "study.yaml"):
+            shutil.copyfile(HERE / name, work / name)
+        driver.write_folds(given.data / "multilingual" / "sib200_topic", work / "folds")
+        write_novels(given.data / "raw_text", work / "novels")
+        train_languages(work, given.language)
+
+        from graftlm.evaluation.record import write_text
+        from graftlm.study.execute import Shard, execute
+        from graftlm.study.plan import load_study
+
+        languages = "".join(json.dumps(row) + "\n" for row in language_rows(work, given.language))
+        write_text(HERE / "rows.languages.jsonl", languages)
+        study = replace(load_study(work / "study.yaml", given.overrides), root=work / "studies")
+        study, trials = with_tuned_rates(study)
+        found = "".join(json.dumps(driver.row_of(trials, run)) + "\n" for run in trials.trials())
+        write_text(HERE / "rows.tuning.jsonl", found)
+        rows = HERE / "rows.study.jsonl"
+        execute(study, Shard.parse(given.shard), after=lambda run: driver.append(study, run, rows))
+        driver.collect(study, rows)
+    print(tables(HERE) or "there are no rows yet: give --data to make them")
+
+
+if __name__ == "__main__":
+    main()
