@@ -29,7 +29,10 @@ def stack_folder(folder: Path, **settings) -> Path:
     """Model, splits, recipe, and a language adapter for each of the two languages."""
     small_folder(folder)
     for seed, tag in enumerate(LANGUAGES):
-        save_language_adapter(folder / "lang" / tag, folder / "model", seed=seed, activation="gelu", **settings)
+        at = save_language_adapter(folder / "lang" / tag, folder / "model", seed=seed, activation="gelu", **settings)
+        config = json.loads((at / "adapter_config.json").read_text())
+        # as a run writes it: no path of a machine, which PEFT would look for at the hub
+        (at / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "starter"}))
     return folder
 
 

@@ -132,7 +132,7 @@ def language_rows(work: Path, overrides: list[str]) -> list[dict]:
 
 
 def language_table(rows: list[dict]) -> str:
-    lines = ["| novels, held out | nats a masked token, before | after | change, 95 % interval | seconds |"]
+    lines = ["| novels, held out | bits a byte of masked tokens, before | after | change, 95 % interval | seconds |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:
         found = row["change"]

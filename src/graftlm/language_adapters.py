@@ -31,6 +31,9 @@ def add(model: peft.PeftModel, recipe: Recipe) -> None:
             config = peft.PeftConfig.from_pretrained(where)
             if isinstance(config, BottleneckConfig):
                 model.load_adapter(where, name_of(language))
+                # PEFT looks there, and at the hub where there is nothing, whenever a checkpoint is saved
+                base = model.peft_config[TASK].base_model_name_or_path
+                model.peft_config[name_of(language)].base_model_name_or_path = base
         except (OSError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise _missing(recipe, language, where, first) from error
