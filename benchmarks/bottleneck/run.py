@@ -83,32 +83,6 @@ def train_languages(work: Path, overrides: list[str]) -> None:
         time.sleep(2)
 
 
-def with_tuned_rates(study):
-    """The study with each arm's learning rate set to the one that is best on English dev, on fold 1 with seed 0.
-
-    Also returns the study of those trials. Waits for the trials that another process does.
-    """
-    from graftlm.study.execute import execute, tuned
-
-    trials = replace(study, name="tuning", folds=study.folds[:1], seeds=study.seeds[:1])
-    execute(trials)
-    while any(tuned(trials, run) is None for run in trials.scored()):
-        time.sleep(2)
-    chosen = [trials.tune[tuned(trials, run).choice] for run in trials.scored()]
-    variants = [replace(one, values=one.values | rate) for one, rate in zip(study.variants, chosen, strict=True)]
-    return replace(study, variants=tuple(variants), tune=()), trials
-
-
-def tuning_table(rows: list[dict]) -> str:
-    """What each arm scored on English dev in the trials."""
-    rates = list(dict.fromkeys(str(rate) for row in rows for rate in row["tuned"].values()))
-    lines = ["| English dev, fold 1, seed 0 | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = [f"{100 * row['dev']:.1f}" for row in rows if row["variant"] == variant]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def language_rows(work: Path, overrides: list[str]) -> list[dict]:
     """What each language adapter learned of its novels."""
     from graftlm.evaluation.result import Result
@@ -154,7 +128,7 @@ def by_language(rows: list[dict]) -> str:
     found = [paired_bootstrap(table[v][tag], table[first][tag], resamples=driver.RESAMPLES) for v, tag in pairs]
     lines = [f"| against {first}, by language | difference | 95 % interval | p | p, Holm |", "|---|---|---|---|---|"]
     for (variant, tag), one, p in zip(pairs, found, holm(np.array([one.p for one in found])), strict=True):
-        lines.append(driver._difference(f"{variant}, {tag}" + (" (tuned on)" if tag == "eng" else ""), one, p))
+        lines.append(driver._difference(f"{variant}, {tag}" + (" (chosen on)" if tag == "eng" else ""), one, p))
     return "\n".join(lines)
 
 
@@ -162,11 +136,10 @@ def tables(folder: Path) -> str:
     """All tables of the README, from the rows alone."""
     read = {
         name: [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("rows.languages.jsonl", "rows.tuning.jsonl", "rows.study.jsonl")
+        for name in ("rows.languages.jsonl", "rows.study.jsonl")
         if (folder / name).is_file()
     }
     parts = [language_table(read["rows.languages.jsonl"])] if "rows.languages.jsonl" in read else []
-    parts += [tuning_table(read["rows.tuning.jsonl"])] if "rows.tuning.jsonl" in read else []
     if rows := read.get("rows.study.jsonl"):
         parts += [driver.summary(rows), by_language(rows)]
     return "\n\n".join(parts)
@@ -198,9 +171,6 @@ def main() -> None:
         languages = "".join(json.dumps(row) + "\n" for row in language_rows(work, given.language))
         write_text(HERE / "rows.languages.jsonl", languages)
         study = replace(load_study(work / "study.yaml", given.overrides), root=work / "studies")
-        study, trials = with_tuned_rates(study)
-        found = "".join(json.dumps(driver.row_of(trials, run)) + "\n" for run in trials.trials())
-        write_text(HERE / "rows.tuning.jsonl", found)
         rows = HERE / "rows.study.jsonl"
         execute(study, Shard.parse(given.shard), after=lambda run: driver.append(study, run, rows))
         driver.collect(study, rows)
