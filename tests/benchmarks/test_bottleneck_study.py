@@ -19,7 +19,7 @@ spec.loader.exec_module(study_file)
 
 def test_the_arms_differ_in_what_they_are_named_for():
     study = load_study(FOLDER / "study.yaml")
-    assert len(study.trials()) == 4 * 5 * 2 and len(study.scored()) == 4 * 5 * 5
+    assert not study.tune and len(study.scored()) == 4 * 5 * 5
     recipes = {study.variants[run.variant].name: study.recipe_of(run) for run in study.scored() if run.seed == 0}
     assert list(recipes) == ["standard", "gradual", "FUN", "alone"]
     assert [one.unfreezing.schedule for one in recipes.values()] == ["standard", "gradual", "fisher", "standard"]
@@ -54,17 +54,12 @@ def test_the_tables_are_made_of_the_rows(tmp_path):
         }
 
     rows = [row("standard", seed, "1000") for seed in range(2)] + [row("alone", seed, "1110") for seed in range(2)]
-    trials = [
-        {"variant": "standard", "dev": dev, "tuned": {"rate": rate}} for rate, dev in ((0.003, 0.5), (0.01, 0.625))
-    ]
-    (tmp_path / "rows.tuning.jsonl").write_text("".join(json.dumps(one) + "\n" for one in trials))
     (tmp_path / "rows.study.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     change = {"value": 0.5, "low": 0.4, "high": 0.6}
     learned = {"language": "dan", "before": 6.0, "after": 5.5, "change": change, "cost": {"train_seconds": 61.2}}
     (tmp_path / "rows.languages.jsonl").write_text(json.dumps(learned) + "\n")
     found = study_file.tables(tmp_path)
     assert "| dan | 6.00 | 5.50 | -0.50 (-0.60 to -0.40) | 61 |" in found
-    assert "| English dev, fold 1, seed 0 | 0.003 | 0.01 |" in found and "| standard | 50.0 | 62.5 |" in found
     assert "| **alone, mean of the five** | +50.00 |" in found
     assert "| alone, dan | +50.00 |" in found
 
