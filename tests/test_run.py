@@ -315,7 +315,13 @@ def _write_task_data(folder: Path, recipe: Recipe) -> None:
         start = len(" ".join(context[:4])) + 1
         found = {"text": [" ".join(context[4:6])], "answer_start": [start]}
         return {
-            "classification": {"text": " ".join(tokens), "label": colour, "category": colour, "id": f"i{number}"},
+            "classification": {
+                "text": " ".join(tokens),
+                "label": colour,
+                "category": colour,
+                "id": f"i{number}",
+                "index_id": number,
+            },
             "multi_label": {"text": " ".join(tokens), "labels": f"{colour}|all" if number % 4 else colour},
             "regression": {"sentence1": " ".join(tokens), "sentence2": "w1", "score": float(number % 2)},
             "token_classification": {
@@ -331,11 +337,12 @@ def _write_task_data(folder: Path, recipe: Recipe) -> None:
         }[recipe.task]
 
     sources = {"train": recipe.data.train, "dev": recipe.data.dev} | recipe.data.test
+    if parallel := recipe.data.parallel:
+        sources |= {"source of train": parallel.train} | {f"source of {key}": one for key, one in parallel.test.items()}
     for number, (split, source) in enumerate(sources.items()):
         if source.is_file():
-            write_rows(
-                folder / source.path.removeprefix("starter:"), [row(i) for i in range(96 if split == "train" else 16)]
-            )
+            count = 96 if split.endswith("train") else 16
+            write_rows(folder / source.path.removeprefix("starter:"), [row(i) for i in range(count)])
         else:  # a hub data set, as the folder of its repository
             for name in ("train", "validation", "test"):
                 write_rows(
@@ -355,7 +362,8 @@ def test_each_shipped_recipe_runs(name, tmp_path):
     raw = original.task in LANGUAGE_MODELLING
     starter = original.adapter.method == "bottleneck" and not raw  # a random model's attention hardly mixes tokens
     if hub:  # the repository's card, which says where each configuration lies
-        configs = {source.config for source in (original.data.train, *original.data.test.values())}
+        parts = filter(None, (original.data, original.data.parallel))
+        configs = {source.config for part in parts for source in (part.train, *part.test.values())}
         card = "".join(
             f"- config_name: {config}\n  data_files:\n"
             + "".join(

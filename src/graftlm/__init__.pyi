@@ -1,7 +1,10 @@
 from .adapters.adapterhub import convert_adapterhub as convert_adapterhub
 from .adapters.bottleneck import BottleneckConfig as BottleneckConfig
 from .adapters.flare import FlareConfig as FlareConfig
+from .adapters.flare_cache import SourceCache as SourceCache
 from .adapters.flare_data import FlareCollator as FlareCollator
+from .adapters.flare_encode import EncoderStates as EncoderStates
+from .adapters.flare_encode import ModelStates as ModelStates
 from .adapters.stack import stack as stack
 from .architectures import Architecture as Architecture
 from .architectures import describe as describe
@@ -15,6 +18,7 @@ from .evaluation.comparison import Comparison as Comparison
 from .evaluation.report import write_report as write_report
 from .evaluation.result import Result as Result
 from .folder import load as load
+from .folder import merge as merge
 from .harness import lm_eval_model as lm_eval_model
 from .measure.fisher import FisherTrace as FisherTrace
 from .measure.fisher import fisher_trace as fisher_trace

@@ -53,7 +53,7 @@ class Check:
         fresh: modules that the checkpoint does not have: they begin random, are trained and saved.
         targets: modules that carry LoRA.
         texts: one row for each split and language.
-        example: the first training item as the model reads it.
+        example: the first training item as the model reads it; for FLARE its source too.
         label: its label; in language modelling the tokens that are to be predicted.
         step_seconds: forward and backward of one batch, all layers open.
         steps: optimizer steps of the run.
@@ -112,7 +112,7 @@ def check(recipe: Recipe) -> Check:
         targets=prepared.loaded.targets,
         total_parameters=sum(p.numel() for p in model.parameters()),
         texts=_texts(prepared),
-        example=prepared.tokenizer.decode(prepared.train.features[0]["input_ids"]),
+        example=_example(prepared),
         label=_label(prepared),
         loss=loss,
         step_seconds=seconds,
@@ -122,6 +122,12 @@ def check(recipe: Recipe) -> Check:
         openings=tuple(openings),
         memory=_memory(model),
     )
+
+
+def _example(prepared: Prepared) -> str:
+    first = prepared.train.features[0]
+    texts = [first[key] for key in ("input_ids", "source_input_ids") if key in first]
+    return "  |  ".join(map(prepared.tokenizer.decode, texts))
 
 
 def _label(prepared: Prepared) -> Any:

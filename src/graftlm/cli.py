@@ -299,6 +299,15 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @app.command()
+def merge(run: RunFolder) -> None:
+    """Write the model of a finished LoRA run as a checkpoint of its own, which a recipe's model may name."""
+    from graftlm.folder import merge as merge_run
+
+    _quiet_libraries()
+    out.print(str(merge_run(run)), highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
 def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs and studies.")]) -> None:
     """Write report.html again from the files of finished runs, and study.html from those of studies."""
     from graftlm.evaluation.comparison import FILE as STUDY

@@ -42,6 +42,7 @@ class Split:
         labels: names (classification), lists of names (multi_label, token_classification), numbers (regression),
             Answers (question_answering) or UTF-8 bytes (language modelling).
         names: label names in the order that the data set declares, where it does.
+        sources: the source-language version of each item, one text or the two of a pair, for FLARE.
     """
 
     origin: str
@@ -50,6 +51,7 @@ class Split:
     texts_b: list[str] | None
     labels: list[Any]
     names: tuple[str, ...] | None = None
+    sources: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,7 +116,7 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
         DataError: a file or data set that is missing or malformed, a missing column, an empty text, a label of the
             wrong kind; with file and row.
     """
-    origin, rows, names = _rows(recipe, source, role)
+    origin, rows, names = read_rows(recipe, source, role)
     if not rows:
         raise DataError(f"{origin}: there is no row in it", fix=f"check data.{role}")
     columns = recipe.data
@@ -151,7 +153,7 @@ def load_texts(recipe: Recipe, source: Source, column: str) -> list[str]:
     Raises:
         DataError: a source that is missing or malformed, no such column, a text that is no string.
     """
-    origin, rows, _ = _rows(recipe, source, "train")
+    origin, rows, _ = read_rows(recipe, source, "train")
     places = ((f"{origin}, row {number + 1}", row) for number, row in enumerate(rows))
     found = ((place, cell(row, column, place, "dropout.text")) for place, row in places)
     return [plain_text(text, place, column) for place, text in found if not isinstance(text, str) or text.strip()]
@@ -166,7 +168,7 @@ def starter_path(text: str) -> Path:
     return path
 
 
-def _rows(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
+def read_rows(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
     """(name for errors, rows, declared label names)."""
     if not source.path.startswith(STARTER) and not source.is_file():
         return from_hub(recipe, source, role)

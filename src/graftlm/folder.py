@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftlm import language_adapters
 from graftlm import recipe as recipes
 from graftlm.adapters.bottleneck import BottleneckConfig
+from graftlm.adapters.flare import FlareConfig
 from graftlm.architectures import describe
 from graftlm.data import starter_path
 from graftlm.errors import DataError, GraftError, ModelError, RecipeError
@@ -28,7 +29,7 @@ from graftlm.language_adapters import ADAPTER
 from graftlm.recipe import Recipe
 from graftlm.tasks import Task, check_length, task_for
 
-MODEL = "model"
+MODEL, MERGED = "model", "merged"
 RESOLVED = "recipe.resolved.yaml"
 
 
@@ -135,7 +136,7 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     task.check_fresh(fresh, where)
     if recipe.adapter.method == "none":
         return Loaded(model, fresh, ())
-    with_adapter = {"lora": _with_lora, "bottleneck": _with_bottleneck}[recipe.adapter.method]
+    with_adapter = {"lora": _with_lora, "bottleneck": _with_bottleneck, "flare": _with_flare}[recipe.adapter.method]
     return with_adapter(recipe, model, task, fresh)
 
 
@@ -231,6 +232,23 @@ def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: 
     return Loaded(adapted, fresh, ())
 
 
+def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
+    chosen = recipe.adapter
+    config = FlareConfig(
+        task_type=task.peft_type,
+        r=chosen.r,
+        lora_alpha=chosen.alpha,
+        lora_dropout=chosen.dropout,
+        target_modules=None if chosen.target_modules == "auto" else list(chosen.target_modules),
+        fusion=chosen.fusion,
+        source_layer=chosen.source_layer,
+        align=chosen.align,
+        modules_to_save=list(fresh) or None,
+    )
+    adapted = peft.get_peft_model(model, config)
+    return Loaded(adapted, fresh, tuple(sorted(adapted.peft_config["default"].target_modules)))
+
+
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     prefixes = tuple(f"{layer.name}." for layer in describe(model).layers)
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -323,3 +341,26 @@ def load(folder: str | os.PathLike[str], *, tokenizer: bool = False, language: s
         )
     model.eval()
     return (model, made) if tokenizer else model
+
+
+def merge(run: str | os.PathLike[str]) -> Path:
+    """Writes the model of a finished LoRA run as one checkpoint without an adapter, for a recipe's `model`.
+
+    Args:
+        run: a run folder, such as `runs/english`.
+
+    Returns:
+        The folder `merged` in it, with model and tokenizer.
+
+    Raises:
+        DataError: the folder holds no finished run.
+        ModelError: an adapter that cannot be merged.
+    """
+    model, tokenizer = load(run, tokenizer=True)
+    if isinstance(model, peft.PeftModel):
+        model = model.merge_and_unload()
+    target = Path(run) / MERGED
+    with renamed_into(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return target

@@ -14,10 +14,11 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftlm.callbacks import ProgressBar, StopAndSave, TrainingClock
-from graftlm.data import Labels, Split, load_split, load_texts
+from graftlm.data import Labels, Split, load_texts
 from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
 from graftlm.folder import Loaded, load_model, load_tokenizer, locate
+from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
 from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
 from graftlm.tasks import Encoded, Task, task_for
@@ -100,14 +101,14 @@ def read_splits(recipe: Recipe) -> tuple[Splits, Task]:
     train = read_split(recipe, recipe.data.train, "train")
     task = task_for(recipe, train)
     dev = read_split(recipe, recipe.data.dev, "dev") if recipe.data.dev else None
-    test = {language: read_split(recipe, source, "test") for language, source in recipe.data.test.items()}
+    test = {language: read_split(recipe, source, "test", language) for language, source in recipe.data.test.items()}
     return Splits(train, dev and checked(task, dev), {key: checked(task, split) for key, split in test.items()}), task
 
 
-def read_split(recipe: Recipe, source: Source, role: str) -> Split:
+def read_split(recipe: Recipe, source: Source, role: str, language: str | None = None) -> Split:
     """One split, labelled or raw text, as the recipe's task wants it; raw text to train on is not held in memory."""
     if recipe.task not in LANGUAGE_MODELLING:
-        return load_split(recipe, source, role)
+        return load_pairs(recipe, source, role, language)
     return training_text(recipe, source) if role == "train" else held_out(recipe, source, role)
 
 
@@ -252,8 +253,9 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
         "report_to": list(recipe.output.report_to) or "none",
         "run_name": recipe.name,
         "label_names": list(task_for(recipe).label_names),
-        # blocks of raw text are named by their place in the stream, and made when they are asked for
-        "remove_unused_columns": recipe.task not in LANGUAGE_MODELLING,
+        # blocks of raw text are named by their place in the stream, and made when they are asked for; the source that
+        # FLARE reads is no argument of the model's own
+        "remove_unused_columns": recipe.task not in LANGUAGE_MODELLING and recipe.adapter.method != "flare",
         "disable_tqdm": not progress,
         "dataloader_pin_memory": torch.cuda.is_available(),  # else there is nothing to pin for, and torch warns
         # frozen layers take no part in the backward pass; DDP has to know that this may happen

@@ -64,6 +64,27 @@ class Source(Part):
         return self.path.endswith(FILE_TYPES + TEXT_TYPES)
 
 
+class Parallel(Part):
+    """The same items in the source language: a column of the same rows, or files of their own, joined by `data.id`."""
+
+    text: str = Field("text", description="column of the source-language text")
+    text_b: str | None = Field(None, description="its second text, where data.text_b names one")
+    train: Source | None = Field(None, description="null: in the rows of data.train, data.dev and data.test")
+    dev: Source | None = None
+    test: dict[str, Source] = Field(default_factory=dict, description="language tag of data.test → its items' source")
+    read: Literal["fused", "target", "source", "both", "zero_shot"] = Field(
+        "fused",
+        description="fused: both, as FLARE does; its rivals: target alone; source in its place (translate-test); both "
+        "in one input; zero_shot: source in train and dev, target in test",
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "Parallel":
+        if self.train is None and (self.dev or self.test):
+            raise ValueError("files of dev or test, and none of train; name all of them or none")
+        return self
+
+
 class Data(Part):
     """The splits and their columns."""
 
@@ -78,6 +99,7 @@ class Data(Part):
     label_separator: str | None = Field(None, min_length=1, description="splits multi-label cells of a CSV file")
     documents: Literal["paragraphs", "lines", "files"] = Field("paragraphs", description="of .txt files, for raw text")
     old: tuple[str, ...] = Field((), description="raw text: languages of `test` that the model knew before")
+    parallel: Parallel | None = Field(None, description="null: texts in one language")
 
 
 class Unfreezing(Part):
@@ -218,6 +240,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _fits_the_task(self) -> "Recipe":
         recipe_errors.refuse_idle(self, LANGUAGE_MODELLING)
+        recipe_errors.refuse_lone_parallel(self)
         return self
 
     @property
@@ -257,7 +280,9 @@ class Recipe(Part):
     def sources(self) -> list[Source]:
         """All data that the recipe names, as it names them."""
         texts = self.dropout.texts if self.dropout else None
-        return [source for source in (self.data.train, self.data.dev, *self.data.test.values(), texts) if source]
+        parts = [part for part in (self.data, self.data.parallel) if part]
+        named = [source for part in parts for source in (part.train, part.dev, *part.test.values())]
+        return [source for source in (*named, texts) if source]
 
     def resolved(self) -> str:
         """Every value with its origin, as YAML that `load_recipe` reads again."""
@@ -286,7 +311,9 @@ class Recipe(Part):
             values["adapter"]["language_adapters"][tag] = move(place)
         if dropout["rates"]:
             dropout["rates"] = move(dropout["rates"])
-        places = [(data, "train"), (data, "dev"), (dropout, "texts"), *((data["test"], tag) for tag in data["test"])]
+        places = [(dropout, "texts")]
+        for part in filter(None, (data, data["parallel"])):
+            places += [(part, "train"), (part, "dev"), *((part["test"], tag) for tag in part["test"])]
         for splits, key in places:
             if isinstance(splits[key], str):
                 splits[key] = move(splits[key])

@@ -48,6 +48,7 @@ _KEYS = {
         "invertible",
         "language_adapters",
     ),
+    "flare": ("r", "alpha", "dropout", "target_modules", "fusion", "source_layer", "align"),
     "none": (),
 }
 
@@ -55,12 +56,12 @@ _KEYS = {
 class Adapter(Part):
     """What is added to the model; `method: none` is full fine-tuning."""
 
-    method: Literal["lora", "bottleneck", "none"] = "lora"
-    r: Count = Field(8, description="lora: the rank")
-    alpha: Count = Field(16, description="lora: its scaling is alpha / r")
+    method: Literal["lora", "bottleneck", "flare", "none"] = "lora"
+    r: Count = Field(8, description="lora, flare: the rank")
+    alpha: Count = Field(16, description="lora, flare: the scaling is alpha / r")
     dropout: Share = 0.0
     target_modules: Literal["auto"] | tuple[str, ...] = Field(
-        "auto", description="lora; auto: the query and value projections that PEFT knows for this family"
+        "auto", description="lora, flare; auto: the query and value projections"
     )
     kind: Literal["pfeiffer", "houlsby", "parallel"] = Field("pfeiffer", description="bottleneck: its places")
     reduction_factor: Positive = Field(16.0, description="bottleneck: the model's width divided by the adapter's size")
@@ -71,6 +72,13 @@ class Adapter(Part):
     language_adapters: dict[Language, Annotated[str, Field(min_length=1)]] = Field(
         default_factory=dict,
         description="bottleneck: language tag → run folder, adapter folder or hub id of the adapter that lies below",
+    )
+    fusion: Literal["add", "mul", "add_relu", "mul_relu", "cross_attention"] = Field(
+        "add_relu", description="flare: what is made of source and target"
+    )
+    source_layer: Literal["next", "same"] = Field("next", description="flare: whether the source is one layer ahead")
+    align: Literal["position", "relative", "pooled", "attention"] | None = Field(
+        None, description="flare: the source of a target token; null: position, with cross_attention attention"
     )
 
     def how_to_make(self, language: str) -> str:

@@ -10,6 +10,8 @@ from graftlm import yaml_lines
 from graftlm.errors import RecipeError
 from graftlm.yaml_lines import Path_, nearest
 
+WHOLE_TEXT = ("classification", "multi_label", "regression")
+
 
 def explain(
     error: ValidationError, root: type[BaseModel], values: Any, name: str, origins: Mapping[Path_, str]
@@ -53,6 +55,7 @@ def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
         "data": {
             **dict.fromkeys(("text_b", "label", "answer_start", "label_separator"), not raw),
             **dict.fromkeys(("documents", "old"), raw),
+            "parallel": recipe.task in WHOLE_TEXT,
         },
         "training": {"masking": masked},
     }
@@ -80,6 +83,34 @@ def _refuse_gaps(recipe: Any, raw: bool) -> None:
                 f"{', '.join(known)}; write adapter.language_adapters.{tag}=FOLDER, or leave {tag} out of data.test; "
                 f"to train one: {recipe.adapter.how_to_make(tag)}"
             )
+
+
+def refuse_lone_parallel(recipe: Any) -> None:
+    """Raises where `data.parallel` and the keys that it goes with do not fit each other."""
+    data, parallel, method = recipe.data, recipe.data.parallel, recipe.adapter.method
+    if parallel is None:
+        if method == "flare":
+            raise ValueError("adapter: {method: flare} fuses two texts; data.parallel says where the second one is")
+        return
+    if (method == "flare") != (parallel.read == "fused"):
+        raise ValueError(
+            "data.parallel.read: fused goes with adapter: {method: flare}, and only with it; "
+            f"method: {method} reads target, source, both or zero_shot"
+        )
+    if parallel.read == "both" and data.text_b is not None:
+        raise ValueError("data.parallel.read: both makes a pair of a text and its source; data.text_b is one already")
+    if (parallel.text_b is None) != (data.text_b is None):
+        raise ValueError("data.text_b and data.parallel.text_b go together")
+    if parallel.train is None:
+        if parallel.text == data.text:
+            raise ValueError(f"data.parallel.text: {parallel.text!r} is data.text itself; name its column or its files")
+        return
+    if data.id is None:
+        raise ValueError("data.parallel joins files by their ids; data.id names the column that both have")
+    if (parallel.dev is None) != (data.dev is None):
+        raise ValueError("data.dev and data.parallel.dev go together")
+    if parallel.test.keys() != data.test.keys():
+        raise ValueError(f"data.parallel.test has to name a file for each of {', '.join(data.test)}, and for no other")
 
 
 def refuse_non_finite(values: Any, name: str, origins: Mapping[Path_, str]) -> None:

@@ -130,11 +130,9 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     recipe = recipes.load_recipe(folder / RESOLVED)
     train = read_split(recipe, recipe.data.train, "train")
     task = task_for(recipe, train)
-    if tests is None:
-        splits = {language: read_split(recipe, source, "test") for language, source in recipe.data.test.items()}
-    else:
-        here = recipe.relocated(Path())  # the given paths start from the working folder
-        splits = {language: read_split(here, Source(path=path), "test") for language, path in tests.items()}
+    here = recipe if tests is None else recipe.relocated(Path())  # given paths start from the working folder
+    sources = recipe.data.test if tests is None else {tag: Source(path=path) for tag, path in tests.items()}
+    splits = {language: read_split(here, source, "test", language) for language, source in sources.items()}
     splits = {language: checked(task, split) for language, split in splits.items()}
     predictions = _predictions(model, recipe, task, splits, tokenizer, progress=progress)
     scored = {language: Scored(split, predictions[language]) for language, split in splits.items()}
@@ -154,7 +152,8 @@ def _predictions(
 ) -> dict[str, list[Prediction]]:
     """What a model that is not in training says of some splits."""
     # without a dev split there is no evaluation to prepare, and the Trainer's folder is nobody's
-    bare = recipe.changed("data.dev=null", "output.report_to=none")
+    pairs = ["data.parallel.dev=null"] if recipe.data.parallel else []
+    bare = recipe.changed("data.dev=null", *pairs, "output.report_to=none")
     with tempfile.TemporaryDirectory() as nowhere:
         arguments = training_arguments(bare, Path(nowhere), progress=progress)
         trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)

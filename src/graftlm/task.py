@@ -96,8 +96,9 @@ class Task:
         marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         for start in range(0, len(split), _CHUNK):
             stop = min(start + _CHUNK, len(split))
+            sources = _sources(split, range(start, stop), tokenizer, training)
             for owner, row, place, truncated in self._rows(split, range(start, stop), tokenizer, training):
-                for key, value in row.items():
+                for key, value in (row | (sources[owner - start] if sources else {})).items():
                     columns.setdefault(key, []).append(value)
                 owners.append(owner)
                 places.append(place)
@@ -114,7 +115,7 @@ class Task:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a padded batch of features."""
-        return transformers.DataCollatorWithPadding(tokenizer)
+        return _Padded(transformers.DataCollatorWithPadding(tokenizer))
 
     def decode(self, outputs: Any, encoded: Encoded, split: Split) -> list[Prediction]:
         """One prediction an item, from the outputs of all rows (arrays with one row each)."""
@@ -127,3 +128,30 @@ class Task:
     def plain(self, label: Any) -> Any:
         """A label as JSON."""
         return label
+
+
+_SOURCE = "source_"
+
+
+def _sources(split: Split, items: range, tokenizer: PreTrainedTokenizerBase, training: Training) -> list[dict] | None:
+    """The source-language versions as FLARE's arguments, one an item."""
+    if split.sources is None:
+        return None
+    columns = zip(*split.sources[items.start : items.stop], strict=True)
+    encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=training.max_length)
+    return [{f"{_SOURCE}{key}": encoded[key][index] for key in encoded} for index in range(len(items))]
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Pads the source-language versions as texts of their own, where the features have any."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        own = [{key: value for key, value in row.items() if not key.startswith(_SOURCE)} for row in rows]
+        batch = dict(self.collator(own))
+        if own[0].keys() != rows[0].keys():
+            sources = [{key.removeprefix(_SOURCE): row[key] for key in row.keys() - own[0].keys()} for row in rows]
+            batch |= {f"{_SOURCE}{key}": value for key, value in self.collator(sources).items()}
+        return batch

@@ -11,12 +11,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graftlm.adapters import registry
 from graftlm.adapters.flare_fusion import ALIGNMENTS, FUSIONS, Source, aligned
 from graftlm.adapters.flare_source import KEYWORDS, SourceContext
-from graftlm.errors import ModelError, SetupError
+from graftlm.errors import DataError, ModelError, SetupError
 
+MAP_LEAF = "lora_fusion_map"
 ATTENTION_LEAVES = ("lora_fusion_query", "lora_fusion_key", "lora_fusion_value")
 _STARTS = (True, False, "gaussian")
 
@@ -32,6 +34,13 @@ class FlareConfig(LoraConfig):
     gradients and without dropout. The source goes into the call, and nothing else changes:
 
         ``model(input_ids=…, attention_mask=…, source_input_ids=…, source_attention_mask=…)``
+
+    What was computed before goes in as ``source_states``, (batch, layers + 1, source length, width), in place of
+    ``source_input_ids``: see `graftlm.SourceCache`.
+
+    **FLARE MT**: with ``encoder_width`` the source is the last hidden state of another encoder, frozen, which reads the
+    target text; ``source_states`` is (batch, 1, source length, encoder width), from `graftlm.EncoderStates`. A trained
+    linear map P leads to the width of the model, and the same tensor is fused at every layer: A x_S becomes A P x_S.
 
     **Without a source it is plain LoRA on the target**, in training and at test: φ is left out, not fed with the target
     twice. The same holds for every target token that has no source token, and for padding. B is zero at the start: step
@@ -70,6 +79,8 @@ class FlareConfig(LoraConfig):
         source_layer: ``next``: layer i reads the output of the source's layer i as layer i + 1 does (in a pre-norm
             model with that layer's norm; the top layer the last hidden state); ``same``: what layer i itself reads.
         align: see above; None = ``position``, and with ``cross_attention``, which aligns by itself, ``attention``.
+        encoder_width: of the encoder of FLARE MT; None = the source is read by the model itself. P is saved with the
+            lowest fused projection, and is part of that layer for a schedule.
         r: rank.
         lora_alpha: α.
         target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA.
@@ -106,6 +117,7 @@ class FlareConfig(LoraConfig):
     fusion: str = "add_relu"
     source_layer: str = "next"
     align: str | None = None
+    encoder_width: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +129,8 @@ class FlareConfig(LoraConfig):
             self.align = "attention" if itself else "position"
         _check(self.align in ALIGNMENTS, "align", self.align, ALIGNMENTS)
         _check(not itself or self.align == "attention", "align with cross_attention", self.align, ("attention",))
+        width = self.encoder_width
+        _check(width is None or (type(width) is int and width > 0), "encoder_width", width, "None, or 1, 2, …")
         _check(any(self.init_lora_weights is s or self.init_lora_weights == s for s in _STARTS), "init_lora_weights",
                self.init_lora_weights, _STARTS)  # fmt: skip
         _check(self.bias == "none", "bias", self.bias, ("none",))
@@ -136,22 +150,25 @@ class Fused(LoraVariant):
     def __init__(self, context: SourceContext, layer: int, config: FlareConfig):
         self.context, self.fusion, self.how = context, config.fusion, str(config.align)
         self.state = layer + 1 if config.source_layer == "next" else layer
+        self.encoder_width = config.encoder_width
 
     def supports_lora_conversion(self) -> bool:
         """There is no matrix that would do the same."""
         return False
 
     def add_leaves(self, module: Any, adapter: str) -> None:
-        """The matrices of cross-attention."""
-        if self.fusion != "cross_attention":
-            return
-        for name in ATTENTION_LEAVES:
+        """The matrices of cross-attention, and in the first projection of FLARE MT the map P."""
+        rank, leaves = module.r[adapter], {}
+        if self.fusion == "cross_attention":
+            leaves = {name: nn.Linear(rank, rank, bias=False) for name in ATTENTION_LEAVES}
+        if self.encoder_width is not None and adapter not in self.context.maps:
+            leaves[MAP_LEAF] = nn.Linear(self.encoder_width, module.in_features)
+            self.context.maps[adapter] = leaves[MAP_LEAF]
+        for name, leaf in leaves.items():
             if not hasattr(module, name):
                 setattr(module, name, nn.ModuleDict())
-            rank = module.r[adapter]
-            getattr(module, name)[adapter] = nn.Linear(rank, rank, bias=False)
-        if not set(ATTENTION_LEAVES) <= set(module.adapter_layer_names):
-            module.adapter_layer_names = (*module.adapter_layer_names, *ATTENTION_LEAVES)
+                module.adapter_layer_names = (*module.adapter_layer_names, name)
+            getattr(module, name)[adapter] = leaf
         module._move_adapter_to_device_of_base_layer(adapter)
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -166,14 +183,33 @@ class Fused(LoraVariant):
 
     def _fuse(self, module: Any, adapter: str, record: Source, target: Tensor) -> Tensor:
         down = module.lora_A[adapter]
-        states = module._cast_input_dtype(record.states[self.state], down.weight.dtype).to(target.device)
-        source = down(module.lora_dropout[adapter](states))
+        states = self._states(record, down.in_features)
+        states = module.lora_dropout[adapter](module._cast_input_dtype(states, down.weight.dtype).to(target.device))
+        if self.encoder_width is None:
+            source = down(states)
+        else:  # A (P x + b) without P x, which is as long as the text and as wide as the model
+            to_width = self.context.maps[adapter]
+            source = functional.linear(states, down.weight @ to_width.weight, down.weight @ to_width.bias)
         queries, keys, values = target, source, source
         if self.fusion == "cross_attention":
             ask, offer, give = (getattr(module, name)[adapter] for name in ATTENTION_LEAVES)
             queries, keys, values = ask(target), offer(source), give(source)
         partner, there = aligned(source, queries, keys, values, record, self.how)
         return FUSIONS[self.fusion](partner, target).where(there[..., None], target)
+
+    def _states(self, record: Source, width: int) -> Tensor:
+        number, expected = len(self.context.places) + 1, width
+        if self.encoder_width is not None:
+            number, expected = 1, self.encoder_width
+        found = len(record.states), record.states[0].shape[-1]
+        if found != (number, expected):
+            raise DataError(
+                "The source was represented by another model than this adapter reads.",
+                found=f"source_states of {found[0]} layers, width {found[1]}",
+                allowed=f"{number} layers, width {expected}",
+                fix="graftlm.ModelStates without encoder_width, graftlm.EncoderStates with it",
+            )
+        return record.states[0 if self.encoder_width is not None else self.state]
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -232,12 +268,17 @@ class FlareModel(LoraModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; with a source the prompt is fused with it."""
         given = {name: kwargs.pop(name, None) for name in KEYWORDS}
-        if given["source_input_ids"] is None:
+        if given["source_input_ids"] is None and given["source_states"] is None:
             SourceContext.of(self.model).read(self.model, {}, **given)  # a mask alone is an error
             return self.model.generate(*args, **kwargs)
         inputs = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
         with SourceContext.of(self.model).generating(self.model, inputs, given):
             return self.model.generate(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, its map P included."""
+        super().delete_adapter(adapter_name)
+        SourceContext.of(self.model).maps.pop(adapter_name, None)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a weighted sum of fused adapters is not defined."""

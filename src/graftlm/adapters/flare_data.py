@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,17 @@ class FlareCollator:
         answer: for a decoder that writes: column of what it has to write after the target. It is appended with the end
             mark; labels are -100 at the prompt, and ``fusion_mask`` is 1 there, so that only the prompt is fused, as
             in ``generate``. No ``labels`` then.
+        encode: what turns source texts into ``source_states``: a `graftlm.SourceCache`, or for FLARE MT a
+            `graftlm.EncoderStates` (then `source` is usually the target's column). None = the model reads the source
+            itself.
         max_length: longest text in tokens, for target and source each; None = as long as they are. An answer is not
             cut.
         id: column by which errors name a row, if there is one.
 
     Returns:
         Called with a list of rows: ``input_ids``, ``attention_mask``, ``source_input_ids``, ``source_attention_mask``,
-        each (batch, length), padded on the side that the tokenizer pads, and ``labels``, ``fusion_mask`` where asked.
+        each (batch, length), padded on the side that the tokenizer pads, and ``labels``, ``fusion_mask`` where asked;
+        with `encode` ``source_states`` in place of ``source_input_ids``.
 
     Raises:
         DataError: a row without one of the two texts, by its id. With ``Trainer``, `remove_unused_columns=False` keeps
@@ -47,6 +51,7 @@ class FlareCollator:
     source: str = "source"
     labels: str | None = "label"
     answer: str | None = None
+    encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None
     max_length: int | None = None
     id: str = "id"
 
@@ -58,9 +63,11 @@ class FlareCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         targets, sources = self._texts(rows, self.target), self._texts(rows, self.source)
-        source = self._tokens(sources)
         batch = self._tokens(targets) if self.answer is None else self._written(targets, rows)
-        batch |= {f"source_{name}": source[name] for name in ("input_ids", "attention_mask")}
+        if self.encode is not None:
+            batch["source_states"], batch["source_attention_mask"] = self.encode(sources)
+        else:
+            batch |= {f"source_{name}": values for name, values in self._tokens(sources).items()}
         if self.labels is not None and self.labels in rows[0]:
             batch["labels"] = self._labels([row[self.labels] for row in rows], batch["input_ids"].shape[1])
         return batch

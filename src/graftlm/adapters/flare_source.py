@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from graftlm.adapters.flare_fusion import Source
 from graftlm.architectures import describe
 from graftlm.errors import DataError, ModelError, SetupError
 
-KEYWORDS = ("source_input_ids", "source_attention_mask", "source_token_type_ids", "fusion_mask")
+KEYWORDS = ("source_input_ids", "source_states", "source_attention_mask", "source_token_type_ids", "fusion_mask")
 # Paths in a layer; both read the same tensor.
 QUERY_AND_VALUE = (
     ("attention.self.query", "attention.self.value"),  # BERT, RoBERTa, XLM-R
@@ -70,6 +70,7 @@ class SourceContext:
         self.is_pair = any(layer.stack == "encoder" for layer in describe(model).layers)
         self.current: Source | None = None
         self.prompt: Source | None = None  # while generating
+        self.maps: dict[str, nn.Linear] = {}  # adapter → P of FLARE MT
         self._reading = False
         self._replaying = False
         self._fused_before = False
@@ -144,47 +145,62 @@ class SourceContext:
         model: nn.Module,
         inputs: dict[str, Any],
         source_input_ids: Tensor | None = None,
+        source_states: Tensor | None = None,
         source_attention_mask: Tensor | None = None,
         source_token_type_ids: Tensor | None = None,
         fusion_mask: Tensor | None = None,
     ) -> Source | None:
-        """One pass over the source, for a target with these inputs; None without source or with the adapters off."""
-        if source_input_ids is None:
-            given = {
-                "source_attention_mask": source_attention_mask,
-                "source_token_type_ids": source_token_type_ids,
-                "fusion_mask": fusion_mask,
-            }
-            if found := [name for name, tensor in given.items() if tensor is not None]:
-                raise DataError(
-                    "Something was given for a source that is not there.",
-                    found=", ".join(found),
-                    fix="model(…, source_input_ids=…, source_attention_mask=…)",
-                )
+        """The source for a target with these inputs, read or as it was given; None without one or without adapters."""
+        given = source_input_ids if source_states is None else source_states
+        idle = {
+            "source_attention_mask": source_attention_mask if given is None else None,
+            "source_token_type_ids": source_token_type_ids if source_input_ids is None else None,
+            "fusion_mask": fusion_mask if given is None else None,
+        }
+        if found := [name for name, tensor in idle.items() if tensor is not None]:
+            raise DataError(
+                "Something was given for a source that is not there.",
+                found=", ".join(found),
+                fix="model(…, source_input_ids=…, source_attention_mask=…)",
+            )
+        if given is None:
             return None
+        if source_input_ids is not None and source_states is not None:
+            raise DataError("A source is read or given, not both.", found="source_input_ids and source_states")
         if any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)):
             return None
         target = _target(model, inputs, fusion_mask, self.is_pair)
-        mask = torch.ones_like(source_input_ids) if source_attention_mask is None else source_attention_mask
-        if source_input_ids.ndim != 2 or mask.shape != source_input_ids.shape or len(mask) != len(target):
+        shape = tuple(given.shape) if source_states is None else (given.shape[0], *given.shape[2:3])
+        mask = given.new_ones(shape, dtype=torch.long) if source_attention_mask is None else source_attention_mask
+        if given.ndim != (2 if source_states is None else 4) or tuple(mask.shape) != shape or len(mask) != len(target):
             raise DataError(
                 "Source and target are no pairs.",
-                found=f"source_input_ids {tuple(source_input_ids.shape)}, source_attention_mask {tuple(mask.shape)}, "
+                found=f"source {tuple(given.shape)}, source_attention_mask {tuple(mask.shape)}, "
                 f"{len(target)} target rows",
-                allowed="(batch, source length) twice, a row for each row of the target",
+                allowed="source_input_ids and mask (batch, source length), source_states (batch, layers, source "
+                "length, width), with a row for each row of the target",
             )
-        types = {} if source_token_type_ids is None else {"token_type_ids": source_token_type_ids}
-        states = self._states(model, input_ids=source_input_ids, attention_mask=mask, **types)
+        states: Sequence[Tensor]
+        if source_input_ids is not None:
+            types = {} if source_token_type_ids is None else {"token_type_ids": source_token_type_ids}
+            states = self.states_of(model, input_ids=source_input_ids, attention_mask=mask, **types)
+        else:
+            states = given.unbind(1)
         tokens = mask.bool()
         # Padding may hold anything, even NaN where a row has no token at all: none of it may reach a gradient.
         clean = tuple(state.masked_fill(~tokens.to(state.device)[..., None], 0.0) for state in states)
         return Source(clean, tokens, target)
 
-    def _states(self, model: nn.Module, **inputs: Any) -> list[Tensor]:
-        backbone: Any = getattr(model, "base_model", model)
-        if self.is_pair:
-            first = describe(model).layers[0].name.split(".")
-            backbone = model.get_submodule(".".join(first[:-2]))
+    def backbone(self, model: nn.Module) -> Any:
+        """The part of a model that reads the source: without a head, of an encoder-decoder the encoder."""
+        if not self.is_pair:
+            return getattr(model, "base_model", model)
+        first = describe(model).layers[0].name.split(".")
+        return model.get_submodule(".".join(first[:-2]))
+
+    def states_of(self, model: nn.Module, **inputs: Any) -> list[Tensor]:
+        """What each layer's queries and values read from these inputs, and what the top layer gives."""
+        backbone = self.backbone(model)
         states: list[Tensor] = []
         handles = [
             model.get_submodule(place.query).register_forward_pre_hook(partial(_keep, states)) for place in self.places

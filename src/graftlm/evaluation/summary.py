@@ -13,7 +13,7 @@ def setup(result: Result, values: Mapping[str, str]) -> str:
     if (method := values.get("adapter.method")) == "none":
         parts.append("full fine-tuning")
     elif method:
-        title = {"lora": "LoRA", "bottleneck": "bottleneck adapter"}.get(method, method)
+        title = {"lora": "LoRA", "bottleneck": "bottleneck adapter", "flare": "FLARE"}.get(method, method)
         title += " over language adapters" if result.language_adapters else ""
         parts.append(f"{title}, r = {values['adapter.r']}" if "adapter.r" in values else title)
     if schedule := values.get("unfreezing.schedule"):
