@@ -18,7 +18,7 @@ from graftlm.measure.fisher import undisturbed
 from graftlm.measure.pretraining import squared_gradients
 from graftlm.training.dropout.sites import find_sites
 
-SHAPES = {"starter encoder": (192, 12, 3, 768, 10_240), "BERT-base": (768, 12, 12, 3072, 30_522)}
+SHAPES = {"starter encoder": (160, 12, 5, 480, 26_623), "BERT-base": (768, 12, 12, 3072, 30_522)}
 
 
 def make(shape: str, device: str) -> BertForMaskedLM:
