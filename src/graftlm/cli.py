@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from graftlm import cli_sources
+from graftlm.cli_output import err, log_to_stderr, out
 from graftlm.errors import GraftError, RecipeError
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ OtherTests = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-_FIRST = os.environ.get("RANK", "0") == "0"  # under accelerate launch every process runs this, and one of them speaks
-out = Console(quiet=not _FIRST)
-err = Console(stderr=True, quiet=not _FIRST)
-
 
 def main() -> None:
     """The `graftlm` command."""
@@ -71,7 +68,7 @@ def _quiet_libraries() -> None:
     import datasets
     import transformers
 
-    _log_to_stderr()
+    log_to_stderr()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of loading weights; training shows its own
@@ -79,19 +76,6 @@ def _quiet_libraries() -> None:
     warnings.showwarning = _show_warning
     # peft 0.21 reads an attribute that transformers 5.23 deprecates
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    class Speaker(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            err.print(escape(self.format(record)), soft_wrap=True, highlight=False)
-
-    logger = logging.getLogger("graftlm")
-    if not logger.handlers:
-        logger.addHandler(Speaker())
-    logger.setLevel(logging.INFO)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
@@ -245,7 +229,7 @@ def compare(
     from graftlm.study.execute import Shard
 
     part = Shard.parse(shard)
-    _log_to_stderr()
+    log_to_stderr()
     made = run_study(study, part, ray=ray)
     if made is None:
         return
@@ -308,14 +292,19 @@ def merge(run: RunFolder) -> None:
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs and studies.")]) -> None:
-    """Write report.html again from the files of finished runs, and study.html from those of studies."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, studies and rankings.")],
+) -> None:
+    """Write report.html again from a finished run's files, study.html from a study's, ranking.html from a ranking's."""
     from graftlm.evaluation.comparison import FILE as STUDY
     from graftlm.evaluation.comparison_report import write_comparison_report
     from graftlm.evaluation.report import write_report
+    from graftlm.ranking_report import write_ranking_report
+    from graftlm.sources.result import FILE as RANKING
 
+    pages = {STUDY: write_comparison_report, RANKING: write_ranking_report}
     for run in runs:
-        write = write_comparison_report if (run / STUDY).is_file() else write_report
+        write = next((page for file, page in pages.items() if (run / file).is_file()), write_report)
         out.print(str(write(run)), highlight=False, soft_wrap=True, markup=False)
 
 

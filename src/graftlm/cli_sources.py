@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftlm.cli_output import log_to_stderr
 from graftlm.errors import SetupError
 
 if TYPE_CHECKING:
+    from graftlm.sources.embed import Embedder
     from graftlm.sources.pool import Skipped
 
-pool_app = typer.Typer(help="Pools of Embedding Space Maps: list, add, remove, verify.", no_args_is_help=True)
+pool_app = typer.Typer(help="Pools of Embedding Space Maps: build, add, list, verify, remove.", no_args_is_help=True)
 
 Pool = Annotated[Path, typer.Argument(metavar="POOL", help="A pool's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def rank(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model: a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base model: starter, a folder or a hub id.")],
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The target task: a file or a hub id.")],
     text: Annotated[list[str], typer.Option(metavar="COLUMN", help="The column of texts; twice for pairs.")],
     pool: Annotated[Path, typer.Option(metavar="POOL", help="The pool of the source tasks' Embedding Space Maps.")],
@@ -29,10 +31,14 @@ def rank(
     encode: Annotated[bool, typer.Option("--encode", help="Number labels that are strings.")] = False,
     method: Annotated[str, typer.Option(help="esm-logme, or size.")] = "esm-logme",
     precision: Annotated[str, typer.Option(help="float64, or float32: about twice as fast.")] = "float64",
+    threads: Annotated[int | None, typer.Option(help="Maps scored at once.  [default: one a core]")] = None,
     pooling: Annotated[str, typer.Option(help="auto, pooler, cls, mean or last.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Tokens a text.  [default: 128]")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts embedded at once.")] = 32,
     top: Annotated[int, typer.Option(min=1, help="How many source tasks are printed.")] = 20,
+    to: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Also write ranking.json and ranking.html there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Rank source tasks for a target task: which one should the model be fine-tuned on first?"""
@@ -43,8 +49,9 @@ def rank(
     data = open_dataset(dataset, subset=subset, split=split)
     if encode and label in data.column_names:
         data = data.class_encode_column(label)
+    embedding: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "batch_size": batch_size}
     found = rank_source_tasks(
-        model,
+        _starter(**embedding) if model == "starter" else model,
         data,
         text_column=text,
         label_column=label,
@@ -52,12 +59,56 @@ def rank(
         method=method,
         task=task,
         precision=precision,
+        threads=threads,
         progress=True,
-        pooling=pooling,
-        max_length=max_length,
-        batch_size=batch_size,
+        **({} if model == "starter" else embedding),
     )
     typer.echo(found.to_json() if as_json else found.table(top))
+    if to is not None:
+        from graftlm.ranking_report import write_ranking
+
+        typer.echo(f"page: {write_ranking(found, to)}", err=True)
+
+
+def _starter(**embedding: Any) -> "Embedder":
+    """The shipped encoder, under the name that pools know it by."""
+    from graftlm.data import starter_path
+    from graftlm.sources.embed import Embedder
+
+    found = Embedder(str(starter_path("encoder")), progress=True, **embedding)
+    found.name = "starter"
+    return found
+
+
+@pool_app.command()
+def build(
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="A YAML of source tasks: recipe, tasks, pool.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="For the recipe that all tasks share.")
+    ] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts of the tasks: array jobs.")] = "1/1",
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Do the runs on a Ray cluster; auto, local.")
+    ] = None,
+) -> None:
+    """Fine-tune the base model on each source task, fit its map, and add it to a pool.
+
+    What is finished is not repeated, and a task that fails does not end the others: those that are not in the pool in
+    the end are named, and the exit status is then 1.
+    """
+    from graftlm.study.execute import Shard
+    from graftlm.study.pool_build import build_pool, load_tasks
+
+    plan, part = load_tasks(tasks, overrides or ()), Shard.parse(shard)
+    _quiet()
+    log_to_stderr()
+    made = build_pool(plan, part, ray=ray)
+    for name, line in made.tasks.items():
+        typer.echo(f"{name}: {line}")
+    typer.echo(f"{len(made.tasks)} of {len(plan.study.variants)} source tasks are in {made.pool}")
+    if made.waiting:
+        typer.echo(f"{len(made.waiting)} are left to other processes: {', '.join(made.waiting)}")
+    _name(list(made.skipped), "without a map")
 
 
 @pool_app.command("list")

@@ -145,9 +145,10 @@ def test_what_cannot_be_scored_is_named_and_counted(embedder, tmp_path):
         graftlm.rank_source_tasks(embedder, rows(), pool=narrow, **COLUMNS)
 
 
-def test_one_map_is_in_memory_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("threads", "held"), [(1, 1), (2, 7)])
+def test_few_maps_are_in_memory_at_a_time(threads, held, tmp_path, monkeypatch):
     pool = SourcePool.create(tmp_path / "pool", base_model="org/base", width=WIDTH)
-    pool.add_all(maps(6))
+    pool.add_all(maps(18))
     alive: list[weakref.ref] = []
     most = []
     load = SourcePool.load
@@ -161,8 +162,27 @@ def test_one_map_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SourcePool, "load", watched)
     target = read_target(rows(), "text", "label")
-    rank_maps(pool, np.random.default_rng(0).normal(size=(60, WIDTH)), target)
-    assert len(most) == 6 and max(most) <= 1
+    rank_maps(pool, np.random.default_rng(0).normal(size=(60, WIDTH)), target, threads=threads)
+    assert len(most) == 18 and max(most) <= held
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("count", [60, 12])
+def test_threads_change_the_time_alone(embedder, precision, count):
+    damaged = EmbeddingSpaceMap("org/base", "huge", bias=np.zeros(WIDTH), weight=np.full((WIDTH, WIDTH), 1e200))
+    given = [*maps(9), damaged, *maps(3, width=5)]
+    alone, together = (
+        graftlm.rank_source_tasks(embedder, rows(count), pool=given, precision=precision, threads=threads, **COLUMNS)
+        for threads in (1, 3)
+    )
+    assert [(one.name, one.score) for one in together.sources] == [(one.name, one.score) for one in alone.sources]
+    assert together.skipped == alone.skipped and len(alone) == 9
+
+
+@pytest.mark.parametrize("threads", [0, True, 1.5])
+def test_threads_are_counted(embedder, threads):
+    with pytest.raises(SetupError, match="threads"):
+        graftlm.rank_source_tasks(embedder, rows(), pool=maps(1), threads=threads, **COLUMNS)
 
 
 def test_data_sets_of_every_kind(embedder):

@@ -27,7 +27,8 @@ _NODES = np.cos(np.pi * (np.arange(12) + 0.5) / 12)
 _FINE = np.linspace(-1, 1, 401)
 _INTERPOLATE = chebvander(_FINE, 11) @ np.linalg.inv(chebvander(_NODES, 11))
 
-Profile = Callable[[np.ndarray], np.ndarray]
+# h of all columns (None), or of one, at many log t: (points, targets)
+Profile = Callable[[np.ndarray, int | None], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,34 @@ def grid_of(lowest: float, largest: float) -> Float[np.ndarray, " points"]:
 
 
 def climb(
-    profile: Profile, grid: Float[np.ndarray, " points"], values: Float[np.ndarray, " points"]
-) -> tuple[float, float]:
-    """log t and h at the highest point, every peak of the grid refined.
+    profile: Profile, grid: Float[np.ndarray, " points"], values: Float[np.ndarray, "points targets"]
+) -> tuple[Float[np.ndarray, " targets"], Float[np.ndarray, " targets"]]:
+    """log t and h at the highest point of each column, every peak of the grid refined.
+
+    Columns that peak at one grid point share what is computed around it.
 
     Args:
-        profile: h of many log t.
+        profile: h of all columns or of one, at many log t.
         grid: from `grid_of`.
         values: h on it.
     """
-    best = int(values.argmax())
-    where, highest = float(grid[best]), float(values[best])
+    where, highest = grid[values.argmax(axis=0)], values.max(axis=0)
     middle = values[1:-1]
-    for peak in (1 + np.flatnonzero((middle >= values[:-2]) & (middle >= values[2:]))).tolist():
+    peaks = (middle >= values[:-2]) & (middle >= values[2:])
+    for peak in (1 + np.flatnonzero(peaks.any(axis=1))).tolist():
         half = (grid[peak + 1] - grid[peak - 1]) / 2
-        fine = _INTERPOLATE @ profile(grid[peak] + half * _NODES)
-        top = min(max(int(fine.argmax()), 1), len(fine) - 2)
-        left, centre, right = fine[top - 1 : top + 2]
-        bend = left - 2 * centre + right
-        shift = 0.5 * (left - right) / bend if bend < 0 else 0.0
-        at = grid[peak] + half * (_FINE[top] + np.clip(shift, -1, 1) * (_FINE[1] - _FINE[0]))
-        height = float(profile(np.array([at]))[0])
-        if height > highest:
-            where, highest = float(at), height
+        columns = np.flatnonzero(peaks[peak - 1])
+        near = profile(grid[peak] + half * _NODES, int(columns[0]) if len(columns) == 1 else None)
+        fine = _INTERPOLATE @ (near if len(columns) == 1 else near[:, columns])
+        for column, curve in zip(columns.tolist(), fine.T, strict=True):
+            top = min(max(int(curve.argmax()), 1), len(curve) - 2)
+            left, centre, right = curve[top - 1 : top + 2]
+            bend = left - 2 * centre + right
+            shift = 0.5 * (left - right) / bend if bend < 0 else 0.0
+            at = grid[peak] + half * (_FINE[top] + np.clip(shift, -1, 1) * (_FINE[1] - _FINE[0]))
+            height = float(profile(np.array([at]), column)[0, 0])
+            if height > highest[column]:
+                where[column], highest[column] = at, height
     return where, highest
 
 
@@ -102,19 +108,19 @@ def by_svd(features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n tar
         return Evidence(per_row(silent, rows), ratios)
     projected = left.T @ targets
     outside = ((targets - left @ projected) ** 2).sum(axis=0)
+    profile = partial(_heights, values, projected**2, outside, rows)
     grid = grid_of(FLOOR * float(values[0]), float(values[0]))
-    for column, (square, rest) in enumerate(zip((projected**2).T, outside, strict=True)):
-        profile = partial(_height, values, square, float(rest), rows)
-        where, highest = climb(profile, grid, profile(grid))
-        if highest > silent[column]:
-            heights[column], ratios[column] = highest, np.exp(where)
+    where, highest = climb(profile, grid, profile(grid, None))
+    better = highest > silent
+    heights[better], ratios[better] = highest[better], np.exp(where[better])
     return Evidence(per_row(heights, rows), ratios)
 
 
-def _height(
-    values: np.ndarray, square: np.ndarray, rest: float, rows: int, at: Float[np.ndarray, " points"]
-) -> Float[np.ndarray, " points"]:
-    """h at many log t, from eigenvalues and what of the column lies in their directions and outside."""
+def _heights(
+    values: np.ndarray, squares: np.ndarray, outside: np.ndarray, rows: int, at: np.ndarray, column: int | None
+) -> np.ndarray:
+    """h from eigenvalues, and what of each column lies in their directions and outside."""
+    chosen = slice(None) if column is None else slice(column, column + 1)
     t = np.exp(at)[:, None]
-    residual = (t * square / (t + values)).sum(axis=1) + rest
-    return -rows * np.log(residual) - np.log1p(values / t).sum(axis=1)
+    residual = (t / (t + values)) @ squares[:, chosen] + outside[chosen]
+    return -rows * np.log(residual) - np.log1p(values / t).sum(axis=1)[:, None]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import blas, block_diag
+from scipy.linalg import block_diag
 
 from graftlm.errors import SetupError
 from graftlm.measure.evidence import Evidence, by_svd
-from graftlm.measure.tridiagonal import Shifted, maximised, tridiagonal
+from graftlm.measure.lapack import Workspace, gram, multiply_lower, tridiagonal
+from graftlm.measure.tridiagonal import Shifted, maximised
 
+_Made = TypeVar("_Made")
 PRECISIONS = ("float64", "float32")
 # Digits that may be lost, in units of the machine epsilon; beyond it the next better form is taken. The error of a
 # score is far below the bound: 1e6 · 2e-16 stands for about 1e-11, 2e4 · 6e-8 for about 1e-5.
@@ -51,17 +55,23 @@ class MappedEvidence:
         self._sums = targets.sum(axis=0)
         self._dual = self.rows <= self.width
         self._moments = self._centred.T @ targets  # X₀ᵀY
+        self._work = Workspace()
+        self._lock, self._shared = threading.RLock(), dict[str, Any]()
         self.fallbacks = 0  # maps that were scored by a slower form than asked for
 
-    @cached_property
+    def _once(self, make: Callable[[], _Made]) -> _Made:
+        """What all maps share is made by the first thread that wants it."""
+        with self._lock:
+            if make.__name__ not in self._shared:
+                self._shared[make.__name__] = make()
+            return self._shared[make.__name__]
+
     def _factor(self) -> Float[np.ndarray, "d d"]:
         return np.asfortranarray(np.transpose(np.linalg.qr(self._centred, mode="r")))
 
-    @cached_property
     def _single_factor(self) -> Float[np.ndarray, "rows d"]:
-        return (self._centred if self._dual else self._factor).astype(np.float32, order="F")
+        return (self._centred if self._dual else self._once(self._factor)).astype(np.float32)
 
-    @cached_property
     def _eigen(self) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "m m"]]:
         values, vectors = np.linalg.eigh(
             self._centred @ self._centred.T if self._dual else self._centred.T @ self._centred
@@ -109,27 +119,29 @@ class MappedEvidence:
         return by_svd(features(), self._targets)
 
     def _linear(self, weight: np.ndarray, bias: np.ndarray, precision: str) -> Evidence:
-        dtype = np.dtype(precision)
-        exact, same = weight.astype(float), weight.astype(dtype, order="C")
-        mean = exact @ self.mean + bias
+        single, size, rows = precision == "float32", len(weight), self.rows
+        exact = self._work.array("exact", (self.width, size), np.float64)  # Wᵀ
+        np.copyto(exact.T, weight)
+        same = self._work.array("same", exact.shape, np.float32) if single else exact
+        if single:
+            np.copyto(same.T, weight, casting="same_kind")
+        mean = self.mean @ exact + bias
         if self._dual:
-            base = self._single_factor if precision == "float32" else self._centred
-            mapped = (base @ same.T).T
-            ones = np.ones(self.rows)
-            sides = np.column_stack([self._targets, ones, self._centred @ (exact.T @ mean)])
+            mapped = self._work.array("mapped", (size, rows), same.dtype)
+            np.matmul(self._once(self._single_factor) if single else self._centred, same, out=mapped.T)
+            sides = np.column_stack([self._targets, np.ones(rows), self._centred @ (exact @ mean)])
             core = np.array([[mean @ mean, 1.0], [1.0, 0.0]])
         else:
-            base = self._single_factor if precision == "float32" else self._factor
-            multiply = blas.strmm if precision == "float32" else blas.dtrmm
-            mapped = multiply(1.0, base, same.T, side=0, lower=1, trans_a=1)  # LᵀWᵀ
-            sides = np.column_stack([exact @ self._moments + np.outer(mean, self._sums), mean])
-            core = np.array([[float(self.rows)]])
-        square = blas.ssyrk if precision == "float32" else blas.dsyrk
-        diagonal, beside, rotated = tridiagonal(square(1.0, mapped, trans=1, lower=1), sides)
-        return self._maximised(diagonal, beside, rotated, core)
+            sides = np.column_stack([exact.T @ self._moments + np.outer(mean, self._sums), mean])
+            core = np.array([[float(rows)]])
+            mapped = same
+            multiply_lower(self._once(self._single_factor if single else self._factor), mapped)  # LᵀWᵀ
+        square = self._work.array("square", (mapped.shape[1], mapped.shape[1]), mapped.dtype)
+        gram(mapped, square)
+        return self._maximised(*tridiagonal(square, sides), core)
 
     def _low_rank(self, up: np.ndarray | None, down: np.ndarray | None, bias: np.ndarray) -> Evidence:
-        values, vectors = self._eigen
+        values, vectors = self._once(self._eigen)
         if up is None or down is None:
             up = down = np.zeros((self.width, 0))
         eye, none = np.eye(up.shape[1]), np.zeros((up.shape[1], up.shape[1]))

@@ -11,8 +11,7 @@ often so much larger than the rest that they would eat up its digits, and whatev
 
 from __future__ import annotations
 
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
@@ -71,15 +70,21 @@ class Shifted:
     def _through_eigenvalues(self, t: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, ...]:
         """log det, and cᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹U, of the diagonal part."""
         shifted = self._diagonal + t[:, None]
-        weights = 1 / shifted
-        ranks = self._update.shape[1]
-        across = np.stack([weights @ (self._update * column[:, None]) for column in columns.T], axis=2)
-        inner = (weights @ self._products).reshape(len(t), ranks, ranks)
-        return np.log(shifted).sum(axis=1), weights @ columns**2, across, inner
+        weights, ranks = 1 / shifted, self._update.shape[1]
+        across = weights @ (self._update[:, :, None] * columns[:, None, :]).reshape(self.size, -1)
+        inner = np.empty((len(t), ranks, ranks))
+        rows, others = self._pairs
+        inner[:, rows, others] = inner[:, others, rows] = weights @ self._products
+        return np.log(shifted).sum(axis=1), weights @ columns**2, across.reshape(len(t), ranks, -1), inner
+
+    @cached_property
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.tril_indices(self._update.shape[1])
 
     @cached_property
     def _products(self) -> np.ndarray:
-        return (self._update[:, :, None] * self._update[:, None, :]).reshape(self.size, -1)
+        rows, others = self._pairs
+        return self._update[:, rows] * self._update[:, others]
 
     def _through_pivots(self, t: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, ...]:
         """The same of the tridiagonal part."""
@@ -100,30 +105,6 @@ class Shifted:
         return determinant, quadratic, against[:, :, :count], against[:, :, count:]
 
 
-def tridiagonal(
-    matrix: Float[np.ndarray, "m m"], sides: Float[np.ndarray, "m k"]
-) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " between"], Float[np.ndarray, "m k"]]:
-    """T and Qᵀ·sides with matrix = QTQᵀ, in the precision of `matrix`; returned in float64.
-
-    Only the lower triangle of `matrix` is read; in Fortran's order it is overwritten.
-    """
-    if len(matrix) < 3:
-        return np.diagonal(matrix).astype(float), np.diagonal(matrix, -1).astype(float), sides.astype(float)
-    single = matrix.dtype == np.float32
-    reduce, query, rotate = (
-        (lapack.ssytrd, lapack.ssytrd_lwork, lapack.sormqr)
-        if single
-        else (lapack.dsytrd, lapack.dsytrd_lwork, lapack.dormqr)
-    )
-    work, _ = query(len(matrix), lower=1)
-    reflectors, diagonal, beside, tau, _ = reduce(matrix, lower=1, lwork=int(work), overwrite_a=1)
-    rotated = np.array(sides, dtype=float, order="F")
-    below = np.asfortranarray(reflectors[1:, :-1])
-    lower = np.asfortranarray(sides[1:], dtype=matrix.dtype)
-    rotated[1:], _, _ = rotate("L", "T", below, tau, lower, 64 * max(lower.shape[1], 1))
-    return diagonal.astype(float), beside.astype(float), rotated
-
-
 def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: int, *, dual: bool) -> Evidence:
     """The evidence of each column, and how many digits the Gram form cost.
 
@@ -137,30 +118,27 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
     if not 0 < shifted.largest <= shifted.scale < np.inf:
         return Evidence(per_row(heights, rows), ratios, np.inf)
     grid = grid_of(_FLOOR * shifted.largest, shifted.scale)
-    values = _heights(shifted, squares, rows, dual, None, grid)[0].T
-    lost = 0.0
-    for column, square in enumerate(squares):
-        if not np.isfinite(values[column]).all() or values[column, 0] >= values[column, 1]:
-            return Evidence(per_row(heights, rows), ratios, np.inf)  # a peak below the floor
-        profile = partial(_height, shifted, square, rows, dual, column)
-        where, highest = climb(profile, grid, values[column])
-        if highest > silent[column]:
-            t = float(np.exp(where))
-            heights[column], ratios[column] = highest, t
-            residual = _heights(shifted, square, rows, dual, column, np.array([where]))[1].item()
-            lost = max(lost, shifted.largest / t + square / max(residual, np.finfo(float).tiny))
+    values = _heights(shifted, squares, rows, dual, grid, None)[0]
+    if not np.isfinite(values).all() or (values[0] >= values[1]).any():
+        return Evidence(per_row(heights, rows), ratios, np.inf)  # a peak below the floor
+    where, highest = climb(lambda at, column: _heights(shifted, squares, rows, dual, at, column)[0], grid, values)
+    lost, share = 0.0, shifted.size / rows  # of the sum over eigenvalues in what is a mean over rows
+    for column in np.flatnonzero(highest > silent).tolist():
+        t = float(np.exp(where[column]))
+        heights[column], ratios[column] = highest[column], t
+        residual = _heights(shifted, squares, rows, dual, where[[column]], column)[1].item()
+        lost = max(lost, share * shifted.largest / t + squares[column] / max(residual, np.finfo(float).tiny))
     return Evidence(per_row(heights, rows), ratios, lost)
 
 
-def _heights(shifted: Shifted, squares: Any, rows: int, dual: bool, target: int | None, at: np.ndarray) -> Any:
+def _heights(
+    shifted: Shifted, squares: np.ndarray, rows: int, dual: bool, at: np.ndarray, column: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """h and R of all columns, or of one, at many log t: (points, targets) each."""
     t = np.exp(at)
-    determinant, quadratic = shifted.at(t, target)
-    residual = t[:, None] * quadratic if dual else squares - quadratic
-    least = np.finfo(float).eps * squares  # what is smaller has no digit left, and `lost` says so
+    chosen = squares if column is None else squares[[column]]
+    determinant, quadratic = shifted.at(t, column)
+    residual = t[:, None] * quadratic if dual else chosen - quadratic
+    least = np.finfo(float).eps * chosen  # what is smaller has no digit left, and `lost` says so
     fit = -rows * np.log(np.maximum(residual, least))
     return fit - (determinant - shifted.size * at)[:, None], residual
-
-
-def _height(shifted: Shifted, square: float, rows: int, dual: bool, target: int, at: np.ndarray) -> np.ndarray:
-    return _heights(shifted, square, rows, dual, target, at)[0][:, 0]

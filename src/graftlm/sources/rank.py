@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,6 +27,8 @@ from graftlm.sources.result import Ranking, ranked
 from graftlm.sources.target import Columns, Target, read_target
 
 METHODS = ("esm-logme", *baselines.METHODS)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 _EXACT = 50  # sources at the top that are scored again in float64
 _MARGIN = 2e-4  # a float32 score may be this far off
 
@@ -39,6 +45,7 @@ def rank_source_tasks(
     sources: Mapping[str, Any] | None = None,
     task: str | None = None,
     precision: str = "float64",
+    threads: int | None = None,
     progress: bool = False,
     **embedding: Any,
 ) -> Ranking:
@@ -58,6 +65,7 @@ def rank_source_tasks(
         task: ``classification`` or ``regression``; None: what the labels look like.
         precision: of esm-logme. ``float32`` is about twice as fast: scores are within 1e-4, and the best 50 are scored
             again in float64.
+        threads: of esm-logme: maps that are scored at once; None: one a core.
         progress: a bar.
         embedding: arguments of `Embedder`: ``tokenizer``, ``pooling``, ``max_length``, ``batch_size``, ``dtype``,
             ``device``.
@@ -89,7 +97,16 @@ def rank_source_tasks(
     embedding_started = time.perf_counter()
     features = embedder(target.texts)
     spent = time.perf_counter() - embedding_started
-    found = rank_maps(maps, features, target, model=embedder.name, precision=precision, progress=progress, notes=notes)
+    found = rank_maps(
+        maps,
+        features,
+        target,
+        model=embedder.name,
+        precision=precision,
+        threads=threads,
+        progress=progress,
+        notes=notes,
+    )
     return _timed(found, spent, time.perf_counter() - started)
 
 
@@ -100,23 +117,28 @@ def rank_maps(
     *,
     model: str = "base",
     precision: str = "float64",
+    threads: int | None = None,
     progress: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Ranking:
     """ESM-LogME from embeddings that were made before; see `rank_source_tasks`.
 
-    One map is in memory at a time, and the work for each does not depend on the number of rows.
+    A few maps are in memory at a time, and the work for each does not depend on the number of rows.
     """
+    threads = _threads(threads)
     started = time.perf_counter()
     skipped: list[Skipped] = []
     base = MappedEvidence(features, target.columns, precision)
     scores: dict[str, tuple[float, float]] = {}
     about: dict[str, tuple[str | None, str | None]] = {}
     total = len(maps) if isinstance(maps, Sized) else None
-    with tqdm(_named(maps, skipped), total=total, desc="ESM-LogME", unit="map", disable=not progress) as bar:
-        for name, esm in bar:
+    scored = in_threads(lambda one: _score(base, *one), _named(maps, skipped), threads)
+    with tqdm(scored, total=total, desc="ESM-LogME", unit="map", disable=not progress) as bar:
+        for (name, esm), score in bar:
             about[name] = esm.task, esm.details.get("task_subset")
-            if (score := _score(base, name, esm, skipped)) is not None:
+            if isinstance(score, Skipped):
+                skipped.append(score)
+            else:
                 scores[name] = score
             if skipped:
                 bar.set_postfix_str(f"{len(skipped)} skipped")
@@ -124,7 +146,7 @@ def rank_maps(
         first = skipped[0].problem.splitlines()[0] if skipped else "no map"
         raise DataError("no source task could be scored", found=f"{len(skipped)} skipped; first: {first}")
     if precision == "float32":
-        notes = (*notes, _rescore(maps, features, target, scores, skipped))
+        notes = (*notes, _rescore(maps, features, target, scores, skipped, threads))
     rows = [(name, score, seconds, *about[name]) for name, (score, seconds) in scores.items()]
     exact = base if precision == "float64" else MappedEvidence(features, target.columns)
     return Ranking(
@@ -154,20 +176,42 @@ def evidence_of(base: MappedEvidence, esm: EmbeddingSpaceMap) -> Evidence:
     return base.low_rank(up, down, esm.bias, identity=esm.identity)
 
 
-def _score(
-    base: MappedEvidence, name: str, esm: EmbeddingSpaceMap, skipped: list[Skipped]
-) -> tuple[float, float] | None:
+def _score(base: MappedEvidence, name: str, esm: EmbeddingSpaceMap) -> tuple[float, float] | Skipped:
     started = time.perf_counter()
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is named below
             score = evidence_of(base, esm).score
     except (DataError, np.linalg.LinAlgError) as error:
-        skipped.append(Skipped(name, str(error)))
-        return None
+        return Skipped(name, str(error))
     if not np.isfinite(score):
-        skipped.append(Skipped(name, f"the score is {score}: the mapped embeddings are too large for the arithmetic"))
-        return None
+        return Skipped(name, f"the score is {score}: the mapped embeddings are too large for the arithmetic")
     return score, time.perf_counter() - started
+
+
+def in_threads(work: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[tuple[Given, Made]]:
+    """Each item with what is made of it, in order; `threads` at once, and not many more are held in memory.
+
+    With several threads each one has BLAS to itself: its own threads would only get into each other's way.
+    """
+    if threads == 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    waiting: deque[tuple[Given, Future[Made]]] = deque()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 2 * threads:
+                first, made = waiting.popleft()
+                yield first, made.result()
+        yield from ((item, made.result()) for item, made in waiting)
+
+
+def _threads(asked: Any) -> int:
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        raise SetupError("threads is a whole number of at least 1", found=repr(asked))
+    if asked:
+        return asked
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rescore(
@@ -176,14 +220,18 @@ def _rescore(
     target: Target,
     scores: dict[str, tuple[float, float]],
     skipped: list[Skipped],
+    threads: int,
 ) -> str:
     """Float64 scores for all that may belong to the best 50; what was done, in words."""
     lowest = sorted((score for score, _ in scores.values()), reverse=True)[:_EXACT][-1] - _MARGIN
     chosen = {name for name, (score, _) in scores.items() if score >= lowest}
     base = MappedEvidence(features, target.columns)
     again = ((name, maps.load(name)) for name in chosen) if isinstance(maps, SourcePool) else _named(maps, [])
-    for name, esm in again:
-        if name in chosen and (score := _score(base, name, esm, skipped)) is not None:
+    wanted = ((name, esm) for name, esm in again if name in chosen)
+    for (name, _), score in in_threads(lambda one: _score(base, *one), wanted, threads):
+        if isinstance(score, Skipped):
+            skipped.append(score)
+        else:
             scores[name] = score[0], scores[name][1] + score[1]
     return f"scores in float32 (within 1e-4), those of the best {len(chosen)} in float64"
 

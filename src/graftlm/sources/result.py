@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 
+from graftlm.errors import DataError
 from graftlm.sources.pool import Skipped
 
+FILE, SCHEMA = "ranking.json", "graftlm.ranking/1"
 _SHOWN = 20
 
 
@@ -98,7 +101,27 @@ class Ranking:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        return json.dumps({"schema": SCHEMA} | self.as_dict(), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Ranking:
+        """What `to_json` gave, from ``ranking.json`` in a folder or from a file.
+
+        Raises:
+            DataError: no such file, no JSON, or another schema version.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record.pop("schema") != SCHEMA:
+                raise ValueError(f"not {SCHEMA}")
+            lists = {"sources": Ranked, "skipped": Skipped}
+            record |= {name: tuple(kind(**one) for one in record[name]) for name, kind in lists.items()}
+            return cls(**(record | {"notes": tuple(record["notes"])}))
+        except FileNotFoundError:
+            raise DataError("there is no ranking here", found=file, fix="graftlm rank … --out FOLDER") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"no ranking of this version of graftlm: {error}", found=file) from error
 
     def to_pandas(self) -> Any:
         """A data frame with one row a source task."""

@@ -58,10 +58,11 @@ class Progress:
             return f"{place}: failed: {reason[0]}"
         time_left = left * (time.monotonic() - self.began) / max(self.left - left, 1)
         rest = f", about {_duration(time_left)} left" if left else ""
-        return f"{place}: {_score(Result.read(recipe.folder))} ({_duration(seconds)}{rest})"
+        return f"{place}: {shown_score(Result.read(recipe.folder))} ({_duration(seconds)}{rest})"
 
 
-def _score(result: Result) -> str:
+def shown_score(result: Result) -> str:
+    """The main metric in a few words."""
     known = [value for one in result.scores if (value := result.primary(one).value) is not None]
     mean = f"{sum(known) / len(known):.3f}" if known else "undefined"
     return f"{result.metric} {mean}" + (f", mean of {len(known)} languages" if len(known) > 1 else "")
