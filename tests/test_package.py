@@ -60,7 +60,9 @@ def imported() -> set[str]:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    for_users = [requirement for name in extras if name not in ("test", "docs", "dev") for requirement in extras[name]]
+    for_users = [
+        requirement for name in extras if name not in ("bench", "test", "docs", "dev") for requirement in extras[name]
+    ]
     requirements = [*PROJECT["dependencies"], *for_users]
     names = {re.split(r"[<>=!~\[ ]", requirement)[0].replace("-", "_") for requirement in requirements}
     return {IMPORT_NAMES.get(name, name) for name in names}
