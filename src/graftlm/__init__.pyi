@@ -5,9 +5,15 @@ from .adapters.flare_cache import SourceCache as SourceCache
 from .adapters.flare_data import FlareCollator as FlareCollator
 from .adapters.flare_encode import EncoderStates as EncoderStates
 from .adapters.flare_encode import ModelStates as ModelStates
+from .adapters.gates import Gate as Gate
+from .adapters.gates import gate_statistics as gate_statistics
+from .adapters.injected_loss import with_penalty as with_penalty
+from .adapters.neutral_config import NeutralResiduesConfig as NeutralResiduesConfig
+from .adapters.penalty_log import PenaltyLog as PenaltyLog
 from .adapters.stack import stack as stack
 from .architectures import Architecture as Architecture
 from .architectures import describe as describe
+from .context import domain as domain
 from .errors import DataError as DataError
 from .errors import GraftError as GraftError
 from .errors import MissingExtra as MissingExtra

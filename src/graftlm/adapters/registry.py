@@ -11,7 +11,7 @@ import importlib
 import sys
 from types import ModuleType
 
-METHODS = ("graftlm.adapters.bottleneck", "graftlm.adapters.flare")
+METHODS = ("graftlm.adapters.bottleneck", "graftlm.adapters.flare", "graftlm.adapters.neutral")
 
 
 def register_all(peft: ModuleType) -> None:
