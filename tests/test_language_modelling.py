@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import graftlm.prepare
+import graftlm.trainer
 from graftlm.check import check
 from graftlm.errors import DataError, ModelError, RecipeError
 from graftlm.evaluation.bits_per_byte import bits_per_byte, windows
@@ -158,13 +159,13 @@ def test_a_run_that_crashed_sees_the_rest_of_the_same_stream(tmp_path, monkeypat
     whole, broken = (raw_folder(tmp_path / name, "masked_lm", "bert") for name in ("whole", "broken"))
     seen: list[list] = []
 
-    class Recorded(graftlm.prepare._InOrder):
+    class Recorded(graftlm.trainer._InOrder):
         def compute_loss(self, model, inputs, *args, **kwargs):
             if model.training:
                 seen.append([self.state.global_step, inputs["input_ids"].tolist(), inputs["labels"].tolist()])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(graftlm.prepare, "_InOrder", Recorded)
+    monkeypatch.setattr(graftlm.trainer, "_InOrder", Recorded)
     run(raw_recipe(whole, *settings))
     stream, seen = seen, []
     assert len(stream) > 24

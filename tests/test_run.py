@@ -339,6 +339,7 @@ def _write_task_data(folder: Path, recipe: Recipe) -> None:
     sources = {"train": recipe.data.train, "dev": recipe.data.dev} | recipe.data.test
     if parallel := recipe.data.parallel:
         sources |= {"source of train": parallel.train} | {f"source of {key}": one for key, one in parallel.test.items()}
+    sources |= {"mixing": recipe.mixing.data} if recipe.mixing else {}
     for number, (split, source) in enumerate(sources.items()):
         if source.is_file():
             count = 96 if split.endswith("train") else 16

@@ -10,6 +10,7 @@ import torch
 
 from graftlm.data import Split
 from graftlm.measure.likelihood import IGNORED
+from graftlm.neutral_run import PenaltySize, penalty_size
 from graftlm.prepare import Prepared, prepare
 from graftlm.recipe import Recipe
 from graftlm.tasks import Encoded
@@ -62,6 +63,8 @@ class Check:
         openings: when which layers open; None where tr(F) decides.
         memory: estimates in MB: parameters, gradients, optimizer states (two of Adam's for each trainable parameter).
             What activations need comes on top and depends on the length of the texts.
+        size: of neutral residues: hidden units of a block, added parameters and what they are a share of; else None.
+        penalty: of neutral residues: the penalty beside the loss; None without one.
     """
 
     recipe: str
@@ -79,6 +82,8 @@ class Check:
     every_n_steps: int | None
     openings: tuple[tuple[int, tuple[str, ...] | None], ...]
     memory: dict[str, float]
+    size: dict[str, Any] | None = None
+    penalty: PenaltySize | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -94,7 +99,8 @@ def check(recipe: Recipe) -> Check:
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(recipe, Path(folder), progress=False)
         loss, seconds = _one_step(prepared)
-    model = prepared.loaded.model
+        penalty = penalty_size(prepared.trainer, recipe)
+    model: Any = prepared.loaded.model
     groups = trainable_layers(model)
     layers = {name: sum(p.numel() for _, p in groups.parameters[name]) for name in groups.names}
     layers["head"] = sum(p.numel() for _, p in groups.head)
@@ -121,6 +127,8 @@ def check(recipe: Recipe) -> Check:
         every_n_steps=prepared.every_n_steps,
         openings=tuple(openings),
         memory=_memory(model),
+        size=model.active_peft_config.size if recipe.adapter.method == "neutral_residues" else None,
+        penalty=penalty,
     )
 
 
@@ -140,6 +148,8 @@ def _label(prepared: Prepared) -> Any:
 def _texts(prepared: Prepared) -> tuple[TextCheck, ...]:
     recipe, splits = prepared.recipe, prepared.splits
     rows = [_text_check("train", recipe.source, splits.train, prepared.train)]
+    if splits.original is not None and prepared.original is not None:
+        rows.append(_text_check("mixing", ", ".join(recipe.data.old), splits.original, prepared.original))
     if splits.dev and prepared.dev:
         rows.append(_text_check("dev", recipe.source, splits.dev, prepared.dev))
     for language, split in splits.test.items():

@@ -147,6 +147,10 @@ def _show_check(found: "Check") -> None:
     out.print(table)
     if found.targets:
         out.print(f"LoRA on: {', '.join(found.targets)}", markup=False)
+    if size := found.size:
+        share = f"{size['share']:.2%} of {size['of']:,} ({size['counted'].replace('_', '-')})"
+        units = f"{size['hidden_units']} hidden units in each of {size['blocks']} blocks"
+        out.print(f"neutral residues: {units}, {size['added']:,} parameters, {share}", highlight=False)
     out.print(f"random at the start, trained and saved: {', '.join(found.fresh) or 'nothing'}\n", markup=False)
 
     table = Table(title="text", title_justify="left")
@@ -168,6 +172,12 @@ def _show_check(found: "Check") -> None:
         f"{memory['optimizer_mb']:.1f} MB optimizer (estimate; activations come on top)",
         highlight=False,
     )
+    if penalty := found.penalty:
+        term = f"{penalty.weight * penalty.term:.3g} ({penalty.weight:g} · {penalty.term:.3g})"
+        ratio = f"gradient {penalty.gradients:.2g} of the loss's"
+        out.print(
+            f"penalty:   {term} beside a loss of {penalty.loss:.3f}, {ratio}, after one step of Adam", highlight=False
+        )
     if found.openings:
         steps = ", ".join(f"{step}: {' '.join(names) if names else 'largest tr(F)'}" for step, names in found.openings)
         out.print(f"opens at:  {steps}", highlight=False, markup=False)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import DataError
-from graftlm.recipe import FILE_TYPES, LANGUAGE_MODELLING, Data, Recipe, Source
+from graftlm.recipe import FILE_TYPES, LANGUAGE_MODELLING, Data, Recipe, Source, key_of
 
 STARTER = "starter:"
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS = {"train": "train", "mixing": "train", "dev": "validation", "test": "test"}
 Row = dict[str, Any]
 
 
@@ -118,7 +118,7 @@ def load_split(recipe: Recipe, source: Source, role: str) -> Split:
     """
     origin, rows, names = read_rows(recipe, source, role)
     if not rows:
-        raise DataError(f"{origin}: there is no row in it", fix=f"check data.{role}")
+        raise DataError(f"{origin}: there is no row in it", fix=f"check {key_of(role)}")
     columns = recipe.data
     if recipe.task == "question_answering" and columns.text_b is None:
         raise DataError(
@@ -185,13 +185,13 @@ def file_of(recipe: Recipe, source: Source, role: str, allowed: tuple[str, ...] 
         files = (file for file in kit.rglob("*") if file.name.endswith(FILE_TYPES))
         shipped = sorted(f"{STARTER}{file.relative_to(kit).as_posix()}" for file in files)
         raise DataError(
-            f"data.{role}: there is no such file",
+            f"{key_of(role)}: there is no such file",
             found=source.path if source.path.startswith(STARTER) else path,
             allowed=shipped if source.path.startswith(STARTER) else None,
             fix=None if source.path.startswith(STARTER) else "relative paths start from the recipe's folder",
         )
     if not path.name.endswith(allowed):
-        raise DataError(f"data.{role}: an unknown kind of file", found=source.path, allowed=allowed)
+        raise DataError(f"{key_of(role)}: an unknown kind of file", found=source.path, allowed=allowed)
     return path
 
 
@@ -274,7 +274,7 @@ def from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[R
     is_folder = local.is_dir()
     if not is_folder and (source.path.startswith((".", "/", "~")) or source.path.count("/") > 1):
         endings = [f"…{ending}" for ending in FILE_TYPES]
-        raise DataError(f"data.{role}: there is no such file or folder", found=local, allowed=endings)
+        raise DataError(f"{key_of(role)}: there is no such file or folder", found=local, allowed=endings)
     split = source.split or HUB_SPLITS[role]
     try:
         loaded = datasets.load_dataset(
@@ -283,9 +283,9 @@ def from_hub(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[R
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data.{role}: the data set cannot be loaded: {first}",
+            f"{key_of(role)}: the data set cannot be loaded: {first}",
             found=f"{source.path}, config {source.config}, split {split}",
-            fix=f"data.{role}: {{path: OWNER/NAME, config: …, split: …}}, or a file ({', '.join(FILE_TYPES)})",
+            fix=f"{key_of(role)}: {{path: OWNER/NAME, config: …, split: …}}, or a file ({', '.join(FILE_TYPES)})",
         ) from error
     feature = loaded.features.get(recipe.data.label)
     inner = getattr(feature, "feature", feature)  # a list of class labels

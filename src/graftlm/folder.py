@@ -22,6 +22,7 @@ from graftlm import language_adapters
 from graftlm import recipe as recipes
 from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.adapters.flare import FlareConfig
+from graftlm.adapters.neutral_config import NeutralResiduesConfig
 from graftlm.architectures import describe
 from graftlm.data import starter_path
 from graftlm.errors import DataError, GraftError, ModelError, RecipeError
@@ -136,7 +137,12 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     task.check_fresh(fresh, where)
     if recipe.adapter.method == "none":
         return Loaded(model, fresh, ())
-    with_adapter = {"lora": _with_lora, "bottleneck": _with_bottleneck, "flare": _with_flare}[recipe.adapter.method]
+    with_adapter = {
+        "lora": _with_lora,
+        "bottleneck": _with_bottleneck,
+        "flare": _with_flare,
+        "neutral_residues": _with_neutral_residues,
+    }[recipe.adapter.method]
     return with_adapter(recipe, model, task, fresh)
 
 
@@ -247,6 +253,23 @@ def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple
     )
     adapted = peft.get_peft_model(model, config)
     return Loaded(adapted, fresh, tuple(sorted(adapted.peft_config["default"].target_modules)))
+
+
+def _with_neutral_residues(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
+    chosen = recipe.adapter
+    config = NeutralResiduesConfig(
+        task_type=task.peft_type,
+        added_parameters=chosen.added_parameters,
+        counts=chosen.counts,
+        gate=chosen.gate,
+        penalty_weight=chosen.penalty_weight,
+        original_share=recipe.mixing.share if recipe.mixing and recipe.mixing.share else None,
+        penalty_through_input=chosen.penalty_through_input,
+        initialisation=chosen.initialisation,
+        sparse_inference=chosen.sparse_inference,
+        modules_to_save=list(fresh) or None,
+    )
+    return Loaded(peft.get_peft_model(model, config), fresh, ())
 
 
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from graftlm import raw_text
@@ -101,7 +102,13 @@ class LanguageModel(Task):
             yield window.owner, {"input_ids": window.ids, "labels": window.labels}, window, False
 
     def collator(self, tokenizer):
-        return lambda rows: bits_per_byte.collate(rows, tokenizer)
+        def batch_of(rows):
+            batch = bits_per_byte.collate(rows, tokenizer)
+            if "domain" in rows[0]:
+                batch["domain"] = torch.tensor([row["domain"] for row in rows])
+            return batch
+
+        return batch_of
 
     def decode(self, outputs, encoded, split):
         nats = np.asarray(outputs, dtype=np.float64).reshape(-1).tolist()

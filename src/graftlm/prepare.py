@@ -11,17 +11,19 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from graftlm.callbacks import ProgressBar, StopAndSave, TrainingClock
+from graftlm.adapters.penalty_log import PenaltyLog
+from graftlm.callbacks import StopAndSave, TrainingClock
 from graftlm.data import Labels, Split, load_texts
 from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
 from graftlm.folder import Loaded, load_model, load_tokenizer, locate
+from graftlm.mixed_text import mixed
 from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
 from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
 from graftlm.tasks import Encoded, Task, task_for
+from graftlm.trainer import make_trainer
 from graftlm.training.callback import ScheduledUnfreezing
 from graftlm.training.dropout.apply import Applied
 from graftlm.training.dropout.guided import GuidedDropout
@@ -73,6 +75,7 @@ class Splits:
     train: Split
     dev: Split | None
     test: dict[str, Split]
+    original: Split | None = None  # that `mixing` puts among `train`
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     loaded: Loaded
     train: Encoded
+    original: Encoded | None
     dev: Encoded | None
     trainer: Trainer
     steps: int
@@ -102,14 +106,16 @@ def read_splits(recipe: Recipe) -> tuple[Splits, Task]:
     task = task_for(recipe, train)
     dev = read_split(recipe, recipe.data.dev, "dev") if recipe.data.dev else None
     test = {language: read_split(recipe, source, "test", language) for language, source in recipe.data.test.items()}
-    return Splits(train, dev and checked(task, dev), {key: checked(task, split) for key, split in test.items()}), task
+    test = {key: checked(task, split) for key, split in test.items()}
+    original = read_split(recipe, recipe.mixing.data, "mixing") if recipe.mixing else None
+    return Splits(train, dev and checked(task, dev), test, original), task
 
 
 def read_split(recipe: Recipe, source: Source, role: str, language: str | None = None) -> Split:
     """One split, labelled or raw text, as the recipe's task wants it; raw text to train on is not held in memory."""
     if recipe.task not in LANGUAGE_MODELLING:
         return load_pairs(recipe, source, role, language)
-    return training_text(recipe, source) if role == "train" else held_out(recipe, source, role)
+    return held_out(recipe, source, role) if role in ("dev", "test") else training_text(recipe, source, role)
 
 
 def checked(task: Task, split: Split) -> Split:
@@ -136,10 +142,14 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     dropout = _dropout(recipe, folder, loaded, splits, progress=progress)
     with arguments.main_process_first(local=False):  # one process writes the cache, the others read it
         train = task.training(splits.train, tokenizer, recipe, folder / CHECKPOINTS)
+        original = None
+        if splits.original is not None:
+            original = task.training(splits.original, tokenizer, recipe, folder / CHECKPOINTS)
+    examples = train.features if original is None else mixed(recipe, train.features, original.features, arguments)
     dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
     metric = metrics_for(task.name, task.gold((splits.dev or splits.train).labels))[0]
 
-    steps = planned_steps(arguments, len(train.features))
+    steps = planned_steps(arguments, len(examples))
     every = _interval(recipe, loaded, steps)
     schedule = _schedule(recipe, every, folder)
     clock, stop = TrainingClock(), StopAndSave()
@@ -149,10 +159,10 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         task,
         tokenizer,
         progress=progress,
-        train_dataset=train.features,
+        train_dataset=examples,
         eval_dataset=dev.features if dev else None,
         compute_metrics=_dev_metrics(task, dev, splits.dev, metric) if dev and splits.dev else None,
-        callbacks=[clock, stop, *_order_of(train), *([schedule] if schedule else [])],
+        callbacks=[clock, stop, *_order_of(examples), *_penalty(recipe), *([schedule] if schedule else [])],
     )
     return Prepared(
         recipe,
@@ -161,6 +171,7 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         tokenizer,
         loaded,
         train,
+        original,
         dev,
         trainer,
         steps,
@@ -173,47 +184,13 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     )
 
 
-def _order_of(train: Encoded) -> list[EpochOfBlocks]:
-    return [EpochOfBlocks(train.features.order)] if isinstance(train.features, Blocks) else []
+def _order_of(examples: Any) -> list[EpochOfBlocks]:
+    return [EpochOfBlocks(examples.order)] if isinstance(examples, Blocks) else []
 
 
-class _InOrder(Trainer):
-    """Predicts items in their order: with `train_sampling_strategy: group_by_length` Trainer mixes test items too."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        data = self.train_dataset if train_dataset is None else train_dataset
-        return data.order if isinstance(data, Blocks) else super()._get_train_sampler(train_dataset)
-
-    def _get_eval_sampler(self, eval_dataset):
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-
-def make_trainer(
-    model: Any,
-    arguments: TrainingArguments,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    progress: bool,
-    **kwargs: Any,
-) -> Trainer:
-    """A Trainer for one of our tasks."""
-    trainer = _InOrder(
-        model,
-        arguments,
-        data_collator=task.collator(tokenizer),
-        preprocess_logits_for_metrics=task.keep,
-        compute_loss_func=task.loss(),
-        **kwargs,
-    )
-    # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that
-    # they do, it leaves out the division by the accumulation steps (transformers#47688)
-    trainer.model_accepts_loss_kwargs = False
-    trainer.remove_callback(PrinterCallback)
-    if progress:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
-    return trainer
+def _penalty(recipe: Recipe) -> list[PenaltyLog]:
+    penalised = recipe.adapter.method == "neutral_residues" and recipe.adapter.penalty_weight > 0
+    return [PenaltyLog()] if penalised else []
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> TrainingArguments:

@@ -27,7 +27,7 @@ from graftlm.errors import DataError
 from graftlm.evaluation.bits_per_byte import AS_TEXT, Marks, causal_pieces, check_document, gaps, marks
 from graftlm.evaluation.record import write_text
 from graftlm.measure.likelihood import IGNORED
-from graftlm.recipe import FILE_TYPES, TEXT_TYPES, Recipe, Source
+from graftlm.recipe import FILE_TYPES, TEXT_TYPES, Recipe, Source, key_of
 from graftlm.training.dropout.texts import KEPT, REPLACED
 
 _CHARACTERS = 200_000  # of documents that are tokenised at once
@@ -55,7 +55,7 @@ class Documents:
             found = glob.glob(str(recipe.path(source.path)), recursive=True)
             self.files = sorted(Path(path) for path in found if path.endswith(FILE_TYPES + TEXT_TYPES))
             if not self.files:
-                raise DataError(f"data.{role}: no file fits the pattern", found=recipe.path(source.path))
+                raise DataError(f"{key_of(role)}: no file fits the pattern", found=recipe.path(source.path))
         elif source.path.startswith(STARTER) or source.is_file():
             self.files = [file_of(recipe, source, role, FILE_TYPES + TEXT_TYPES)]
         else:
@@ -331,22 +331,26 @@ class ShuffledBlocks(torch.utils.data.Sampler):
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self._lengths, self._batch, self._seed = lengths, batch_size, seed
+        self.lengths, self._batch, self._seed = lengths, batch_size, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self.epoch])
-        order = rng.permutation(len(self))
+        order, lengths = self._shuffled(rng)
         for start in range(0, len(order), _WINDOW * self._batch):
             window = order[start : start + _WINDOW * self._batch]
-            window = window[np.argsort(self._lengths[window], kind="stable")]
+            window = window[np.argsort(lengths[window], kind="stable")]
             whole = len(window) // self._batch
             for batch in [*rng.permutation(whole), *([whole] if len(window) % self._batch else [])]:
                 for row in window[batch * self._batch : (batch + 1) * self._batch]:
                     yield self.epoch * len(self) + int(row)
+
+    def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's rows in a random order, and how long each row is."""
+        return rng.permutation(len(self)), self.lengths
 
 
 class EpochOfBlocks(TrainerCallback):

@@ -102,6 +102,13 @@ class Data(Part):
     parallel: Parallel | None = Field(None, description="null: texts in one language")
 
 
+class Mixing(Part):
+    """Raw text of the original domain among that of the new one, against forgetting."""
+
+    data: Source = Field(description="text of the original domain, or of a proxy of it; none that is in `test`")
+    share: Share = Field(0.1, description="of the sequences of the run, exactly")
+
+
 class Unfreezing(Part):
     """The arguments of `graftlm.ScheduledUnfreezing`."""
 
@@ -224,6 +231,7 @@ class Recipe(Part):
     source: Language = Field("eng", description="language tag of the training text")
     data: Data
     adapter: Adapter = Adapter()
+    mixing: Mixing | None = Field(None, description="raw text: null: the training text alone")
     unfreezing: Unfreezing | None = Field(None, description="null: plain training")
     dropout: Dropout | None = Field(None, description="null: the model's own rates")
     training: Training = Training()
@@ -279,10 +287,10 @@ class Recipe(Part):
 
     def sources(self) -> list[Source]:
         """All data that the recipe names, as it names them."""
-        texts = self.dropout.texts if self.dropout else None
+        more = [self.dropout.texts if self.dropout else None, self.mixing.data if self.mixing else None]
         parts = [part for part in (self.data, self.data.parallel) if part]
         named = [source for part in parts for source in (part.train, part.dev, *part.test.values())]
-        return [source for source in (*named, texts) if source]
+        return [source for source in (*named, *more) if source]
 
     def resolved(self) -> str:
         """Every value with its origin, as YAML that `load_recipe` reads again."""
@@ -307,11 +315,12 @@ class Recipe(Part):
         values = self.values()
         values["model"] = move(self.model) if self.model != "starter" else self.model
         data, dropout = values["data"], values["dropout"] or {"rates": None, "texts": None}
+        mixing = values["mixing"] or {"data": None}
         for tag, place in values["adapter"].get("language_adapters", {}).items():
             values["adapter"]["language_adapters"][tag] = move(place)
         if dropout["rates"]:
             dropout["rates"] = move(dropout["rates"])
-        places = [(dropout, "texts")]
+        places = [(dropout, "texts"), (mixing, "data")]
         for part in filter(None, (data, data["parallel"])):
             places += [(part, "train"), (part, "dev"), *((part["test"], tag) for tag in part["test"])]
         for splits, key in places:
@@ -344,6 +353,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     values, lines = yaml_lines.read(text, file.name)
     origins = {key: f"{file.name}:{line}" for key, line in lines.items()}
     return _build(values, overrides, text=text, base=file.parent, file=file.name, origins=origins)
+
+
+def key_of(role: str) -> str:
+    """The key under which a recipe names a text: train, dev, test, mixing."""
+    return "mixing.data" if role == "mixing" else f"data.{role}"
 
 
 def shipped() -> dict[str, Path]:

@@ -49,6 +49,15 @@ _KEYS = {
         "language_adapters",
     ),
     "flare": ("r", "alpha", "dropout", "target_modules", "fusion", "source_layer", "align"),
+    "neutral_residues": (
+        "added_parameters",
+        "counts",
+        "gate",
+        "penalty_weight",
+        "penalty_through_input",
+        "initialisation",
+        "sparse_inference",
+    ),
     "none": (),
 }
 
@@ -56,7 +65,7 @@ _KEYS = {
 class Adapter(Part):
     """What is added to the model; `method: none` is full fine-tuning."""
 
-    method: Literal["lora", "bottleneck", "flare", "none"] = "lora"
+    method: Literal["lora", "bottleneck", "flare", "neutral_residues", "none"] = "lora"
     r: Count = Field(8, description="lora, flare: the rank")
     alpha: Count = Field(16, description="lora, flare: the scaling is alpha / r")
     dropout: Share = 0.0
@@ -80,6 +89,19 @@ class Adapter(Part):
     align: Literal["position", "relative", "pooled", "attention"] | None = Field(
         None, description="flare: the source of a target token; null: position, with cross_attention attention"
     )
+    added_parameters: Positive = Field(
+        0.2, description="neutral_residues: their size as a share of the model's weights"
+    )
+    counts: Literal["non_embedding", "all"] = Field("non_embedding", description="neutral_residues: which weights")
+    gate: Literal["relu", "elu", "sigmoid", "none"] = Field("relu", description="neutral_residues: of each block")
+    penalty_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.01, description="neutral_residues: α, how much silence on the text of `mixing` counts; to be swept"
+    )
+    penalty_through_input: bool = Field(
+        True, description="neutral_residues: whether the penalty trains the layers below too"
+    )
+    initialisation: Literal["low_variance", "he"] = Field("low_variance", description="neutral_residues: the paper's")
+    sparse_inference: bool = Field(False, description="neutral_residues: open tokens only, in evaluation")
 
     def how_to_make(self, language: str) -> str:
         """The command that trains a language adapter."""

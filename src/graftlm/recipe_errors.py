@@ -65,6 +65,17 @@ def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
             # a recipe that was written out names every key, so that only another value than the default counts
             if not is_read and getattr(values, key) != type(values).model_fields[key].default:
                 raise ValueError(f"task: {recipe.task} does not read {section}.{key}; delete it")
+    if recipe.mixing and not raw:
+        raise ValueError(f"task: {recipe.task} does not read mixing; delete it")
+    for tag, source in recipe.data.test.items():
+        if recipe.mixing and source == recipe.mixing.data:
+            raise ValueError(f"mixing.data is the text of data.test.{tag} too: what is trained on cannot be scored")
+    penalised = recipe.adapter.method == "neutral_residues" and recipe.adapter.penalty_weight > 0
+    if penalised and not (recipe.mixing and recipe.mixing.share):
+        raise ValueError(
+            "neutral_residues: the penalty is on text of the original domain, and there is none; write "
+            "mixing: {share: 0.1, data: …}, or adapter.penalty_weight: 0"
+        )
     for tag in recipe.data.old:
         if tag not in recipe.data.test:
             raise ValueError(f"data.old: {tag!r} has no text in data.test; allowed: {', '.join(recipe.data.test)}")

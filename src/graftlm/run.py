@@ -31,18 +31,19 @@ from graftlm.evaluation.transfer import paired_gain, score
 from graftlm.fingerprint import changed_files, write_digests
 from graftlm.folder import RESOLVED, load, load_model, save
 from graftlm.hub import licences, push
+from graftlm.neutral_run import write_gates
 from graftlm.prepare import (
     CHECKPOINTS,
     DROPOUT,
     Prepared,
     checked,
-    make_trainer,
     prepare,
     read_split,
     training_arguments,
 )
 from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
 from graftlm.tasks import Encoded, Prediction, Task, task_for
+from graftlm.trainer import make_trainer
 
 WRITTEN, LOG, PREDICTIONS = "recipe.yaml", "log.jsonl", "predictions.jsonl"
 REFERENCE = "reference-standard"
@@ -102,7 +103,9 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     reference = _standard_reference(recipe, folder, progress=progress)
     scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference, base)
     if writes:
-        save(trainer.accelerator.unwrap_model(trainer.model), prepared.tokenizer, recipe, folder)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save(model, prepared.tokenizer, recipe, folder)
+        write_gates(model, prepared.task, prepared.tokenizer, recipe, prepared.splits.test, folder)
         write_text(folder / LOG, _json_lines(trainer.state.log_history))
         write_text(folder / PREDICTIONS, _json_lines(_prediction_rows(prepared.task, scored)))
         result = _result(prepared, scores, seconds)

@@ -166,7 +166,9 @@ def test_the_term_can_be_kept_from_the_layers_below():
             torch.testing.assert_close(found[name], plain[name] + tensor.grad, **NEAR)
 
 
-def test_bfloat16_base_and_autocast():
+def test_bfloat16_base_and_autocast(monkeypatch):
+    monkeypatch.undo()
+    torch.set_default_dtype(SINGLE)
     base, model, batch = pair()
     wanted, _ = by_hand(base, weights_of(model), batch, "llama")
     half = adapted("llama", base=tiny_model("llama", "causal_lm", dropout=0.0).bfloat16(), penalty_weight=ALPHA)

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from graftlm.evaluation import pictures
 from graftlm.evaluation.dropout_section import dropout_section
 from graftlm.evaluation.folder import read_lines, read_settings
+from graftlm.evaluation.gates_section import gates_section
 from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import Interval, Result
 from graftlm.evaluation.summary import count, leaves_zero_out, setup, summary, with_unit
@@ -90,6 +91,7 @@ def _page(folder: Path) -> dict[str, Any]:
         "is_lora": values.get("adapter.method") == "lora",
         "trace_kind": ", ".join(_kind(kind) for kind in trace.kinds) if trace else "",
         **dropout_section(folder),
+        **gates_section(folder),
         "curves_picture": drawn(curve, "curves", _curves_label(log, result)) if curve else None,
         "cost": _cost(result),
         "chosen": [setting for setting in settings if setting["origin"] != "default"],

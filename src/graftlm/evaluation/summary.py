@@ -6,6 +6,13 @@ from collections.abc import Mapping, Sequence
 from graftlm.evaluation.result import Interval, Result, Score
 from graftlm.evaluation.table import MISSING, language_name, metric_of, number
 
+_METHODS = {
+    "lora": "LoRA",
+    "bottleneck": "bottleneck adapter",
+    "flare": "FLARE",
+    "neutral_residues": "neutral residues",
+}
+
 
 def setup(result: Result, values: Mapping[str, str]) -> str:
     """Model, adapter and schedule in a line; what is not known is left out."""
@@ -13,7 +20,7 @@ def setup(result: Result, values: Mapping[str, str]) -> str:
     if (method := values.get("adapter.method")) == "none":
         parts.append("full fine-tuning")
     elif method:
-        title = {"lora": "LoRA", "bottleneck": "bottleneck adapter", "flare": "FLARE"}.get(method, method)
+        title = _METHODS.get(method, method)
         title += " over language adapters" if result.language_adapters else ""
         parts.append(f"{title}, r = {values['adapter.r']}" if "adapter.r" in values else title)
     if schedule := values.get("unfreezing.schedule"):

@@ -1,0 +1,97 @@
+"""Learning against forgetting: each method's curve, and its forgetting where all have learned the same."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+METHODS = ("neutral", "vanilla", "lora", "full")
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The settings that no other one beats in both: more learned always costs more forgotten along them.
+
+    >>> front([(1.0, 0.5), (2.0, 0.4), (1.5, 0.9), (3.0, 1.0)])
+    [(2.0, 0.4), (3.0, 1.0)]
+    """
+    kept: list[tuple[float, float]] = []
+    for learned, forgot in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not kept or forgot < kept[-1][1]:
+            kept.append((learned, forgot))
+    return kept[::-1]
+
+
+def forgetting_at(points: Sequence[tuple[float, float]], learned: float) -> float:
+    """Forgetting at this much learning, between the neighbouring settings of the front by a straight line.
+
+    Less learning than that of the front's first setting costs no more than it; NaN where nothing learns as much.
+
+    >>> forgetting_at([(2.0, 0.4), (3.0, 1.0)], 2.5)
+    0.7
+    """
+    found = front(points)
+    x, y = (np.array(column) for column in zip(*found, strict=True))
+    return float("nan") if learned > x[-1] else float(np.interp(learned, x, y))
+
+
+def equal_learning(rows: Sequence[dict], language: str) -> float:
+    """What every method can learn: the smallest of the methods' largest gains in the sweep."""
+    return min(max(row["learned"] for row in of(rows, language, method)) for method in METHODS)
+
+
+def of(rows: Sequence[dict], language: str, method: str, stage: str = "sweep") -> list[dict]:
+    return [r for r in rows if (r["language"], r["method"], r["stage"]) == (language, method, stage)]
+
+
+def chosen(rows: Sequence[dict], method: str) -> set[str]:
+    """The two settings of a method whose front brackets the equal learning, for the five seeds."""
+    goal = equal_learning(rows, rows[0]["language"])
+    mine = [row for row in rows if row["method"] == method]
+    points = front([(row["learned"], row["forgot"]) for row in mine])
+    below = max((p for p in points if p[0] < goal), default=points[0])
+    above = min((p for p in points if p[0] >= goal), default=points[-1])
+    return {row["setting"] for row in mine if (row["learned"], row["forgot"]) in (below, above)}
+
+
+def interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean over seeds."""
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Forgetting in bits per byte and KL at equal learning, and the differences over seeds, as Markdown."""
+    out = []
+    for language in dict.fromkeys(row["language"] for row in rows):
+        goal = equal_learning(rows, language)
+        out += [f"\n{language}: at {goal:.3f} bits per byte learned\n", "| method | forgot | on wiki | KL |"]
+        out.append("| --- | --- | --- | --- |")
+        for method in METHODS:
+            mine = of(rows, language, method)
+            cells = [
+                forgetting_at([(r["learned"], r[key]) for r in mine], goal) for key in ("forgot", "forgot_wiki", "kl")
+            ]
+            out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
+        out.append("")
+        ours = seeds(rows, language, "neutral", goal)
+        for method in METHODS[1:]:
+            theirs = seeds(rows, language, method, goal)
+            shared = sorted(ours.keys() & theirs.keys())
+            if len(shared) > 1:
+                pairs = [theirs[seed] - ours[seed] for seed in shared]
+                low, high = interval(pairs)
+                share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
+                out.append(f"{method} − neutral: {np.mean(pairs):+.4f} ({low:+.4f} to {high:+.4f}); ratio {share:.2f}")
+    return "\n".join(out)
+
+
+def seeds(rows: Sequence[dict], language: str, method: str, goal: float) -> dict[int, float]:
+    """Forgetting at equal learning of each seed, from its own two settings."""
+    mine = of(rows, language, method, "seeds")
+    found = {}
+    for seed in sorted({row["seed"] for row in mine}):
+        points = sorted((row["learned"], row["forgot"]) for row in mine if row["seed"] == seed)
+        if len(points) == 2:
+            (x0, y0), (x1, y1) = points
+            found[seed] = y0 + (y1 - y0) * (goal - x0) / (x1 - x0) if x1 > x0 else y0
+    return found

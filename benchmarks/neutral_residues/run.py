@@ -1,0 +1,231 @@
+"""Learning a new language against forgetting the old one: neutral residues, vanilla adapter, LoRA, fine-tuning.
+
+    python benchmarks/neutral_residues/run.py --data DATA --stages text pretrain sweep seeds
+    python benchmarks/neutral_residues/run.py --table
+
+Every finished run is a line of rows.jsonl; started again, it goes on with what is missing. The README says what is
+compared and was written first.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from curves import table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from graftlm.evaluation.bits_per_byte import collate, windows
+from graftlm.folder import load
+from graftlm.recipe import load_recipe
+from graftlm.run import run_recipe
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+LANGUAGES = {"dan": "adl_dan", "fra": "eltec_fra"}
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of adapters
+FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+ALPHAS = (0.01, 0.1, 1.0, 10.0, 30.0)
+VANILLA = "adapter={method: neutral_residues, gate: none, penalty_weight: 0, initialisation: he}"
+SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
+WIDTH, LAYERS, HEADS, VOCABULARY, LENGTH = 256, 6, 4, 8192, 256
+
+
+def read(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write(name: str, texts: list[str]) -> None:
+    (WORK / "text").mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (WORK / "text" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def text_of(data: Path) -> None:
+    """Splits: the backbone's own domain is the English part of all sets; the replay is novels alone, a proxy of it."""
+    rng = random.Random(0)
+    novels = [row["text"] for row in read(data / "raw_text/eltec_eng/train.jsonl.gz")]
+    rest: list[str] = []
+    for path in sorted((data / "parallel_text").rglob("*.jsonl.gz")):
+        rest += [row["eng"] for row in read(path) if row.get("split", "train") == "train" and row.get("eng")]
+    rest = sorted({text for text in rest if len(text) > 40})
+    rng.shuffle(rest)
+    own_test, rest = rest[:1500], rest[1500:]
+    write("pretrain", novels + rest)
+    write("replay.eng", novels)
+    write("test.eng", own_test)  # of the model's own domain, and in no replay
+    write("test.wiki", [row["text"] for row in read(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:500])
+    for language, name in LANGUAGES.items():
+        for split in ("train", "test"):
+            write(f"{split}.{language}", [row["text"] for row in read(data / f"raw_text/{name}/{split}.jsonl.gz")])
+
+
+def pretrain() -> None:
+    """The backbone: a decoder of Llama's kind on the English text, three epochs."""
+    lines = (WORK / "text/pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    ids = [token for text in texts for token in [0, *tokenizer(text)["input_ids"]]]
+    rows = [{"input_ids": ids[at : at + LENGTH], "labels": ids[at : at + LENGTH]} for at in range(0, len(ids), LENGTH)]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=704,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    arguments = TrainingArguments(
+        output_dir=str(WORK / "pretraining"),
+        num_train_epochs=3,
+        per_device_train_batch_size=32,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.02,
+        bf16=True,
+        save_steps=500,
+        save_total_limit=1,
+        report_to="none",
+    )
+    last = sorted((WORK / "pretraining").glob("checkpoint-*"))
+    Trainer(model, arguments, train_dataset=rows[:-1]).train(resume_from_checkpoint=bool(last))
+    model.save_pretrained(WORK / "backbone")
+    tokenizer.save_pretrained(WORK / "backbone")
+
+
+def lora_rank() -> int:
+    """The rank at which LoRA on all projections adds as many parameters as the blocks do."""
+    model = LlamaForCausalLM.from_pretrained(WORK / "backbone")
+    linears = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and "layers" in name]
+    outside = sum(p.numel() for p in model.get_input_embeddings().parameters())
+    added = 0.2 * (sum(p.numel() for p in model.parameters()) - outside)
+    return max(1, round(added / sum(part.in_features + part.out_features for part in linears)))
+
+
+def arms() -> dict[str, list[tuple[str, str]]]:
+    """method → (label of a setting, the recipe's overrides); as many settings for one method as for another."""
+    targets = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+    rank = lora_rank()
+    lora = f"adapter={{method: lora, r: {rank}, alpha: {2 * rank}, target_modules: {targets}}}"
+    finer = np.geomspace(RATES[0], RATES[-1], len(RATES) * len(ALPHAS)).tolist()
+    full = np.geomspace(FULL_RATES[0], FULL_RATES[-1], len(RATES) * len(ALPHAS)).tolist()
+    return {
+        "neutral": [
+            (f"lr {lr:g}, alpha {alpha:g}", f"adapter.penalty_weight={alpha} training.learning_rate={lr}")
+            for lr in RATES
+            for alpha in ALPHAS
+        ],
+        "vanilla": [(f"lr {lr:g}", f"{VANILLA}|training.learning_rate={lr}") for lr in finer],
+        "lora": [(f"lr {lr:g}", f"{lora}|training.learning_rate={lr}") for lr in finer],
+        "full": [(f"lr {lr:g}", f"adapter={{method: none}}|training.learning_rate={lr}") for lr in full],
+    }
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -> float:
+    """KL(backbone ‖ adapted), nats a token of the original domain."""
+    total, count = 0.0, 0
+    scored = list(windows(texts, tokenizer, "causal_lm", max_length=LENGTH, stride=64))
+    for start in range(0, len(scored), 16):
+        batch = collate([vars(window) for window in scored[start : start + 16]], tokenizer)
+        kept = batch.pop("labels")[:, 1:] != -100
+        ours, theirs = (one(**batch).logits[:, :-1][kept].float().log_softmax(-1) for one in (model, base))
+        total += float((theirs.exp() * (theirs - ours)).sum())
+        count += int(kept.sum())
+    return total / count
+
+
+def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[tuple[str, str, str, int]]:
+    for method, settings in arms().items():
+        if stage == "sweep":
+            yield from ((method, label, overrides, SWEEP_SEED) for label, overrides in settings)
+        else:  # two settings each, read off the sweep: see curves.chosen
+            from curves import chosen
+
+            keep = chosen([row for row in rows if row["language"] == language and row["stage"] == "sweep"], method)
+            for seed in SEEDS:
+                yield from ((method, label, overrides, seed) for label, overrides in settings if label in keep)
+
+
+def run(stage: str, path: Path, languages: list[str]) -> None:
+    base = LlamaForCausalLM.from_pretrained(WORK / "backbone").eval()
+    lines = (WORK / "text/test.eng.jsonl").read_text(encoding="utf-8").splitlines()
+    own = [json.loads(line)["text"] for line in lines][:300]
+    for language in languages:
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        done = {(row["stage"], row["language"], row["method"], row["setting"], row["seed"]) for row in rows}
+        for method, label, overrides, seed in jobs(stage, language, rows):
+            if (stage, language, method, label, seed) in done:
+                continue
+            name = f"{stage}-{language}-{method}-{label}-{seed}".replace(" ", "").replace(",", "-")
+            split = overrides.split("|") if "|" in overrides else overrides.split()
+            tests = f"{{{language}: work/text/test.{language}.jsonl, eng: work/text/test.eng.jsonl, "
+            recipe = load_recipe(
+                HERE / "recipe.yaml",
+                [
+                    f"name={name}",
+                    f"source={language}",
+                    f"data.train=work/text/train.{language}.jsonl",
+                    f"data.test={tests}eng-wiki: work/text/test.wiki.jsonl}}",
+                    f"output.folder={WORK / 'runs'}",
+                    f"seed={seed}",
+                    *split,
+                ],
+            )
+            result = run_recipe(recipe)
+            model, tokenizer = load(recipe.folder, tokenizer=True)
+            changes = {score.language: score.change.value for score in result.scores}
+            row = {"stage": stage, "language": language, "method": method, "setting": label, "seed": seed}
+            row |= {"learned": changes[language], "forgot": -changes["eng"], "forgot_wiki": -changes["eng-wiki"]}
+            row |= {"kl": divergence(model, base, tokenizer, own), "trainable": result.cost.trainable_parameters}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--stages", nargs="+", choices=["text", "pretrain", "sweep", "seeds"], default=[])
+    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
+    parser.add_argument("--table", action="store_true")
+    chosen = parser.parse_args()
+    for stage in chosen.stages:
+        if stage == "text":
+            text_of(chosen.data)
+        elif stage == "pretrain":
+            if not (WORK / "backbone" / "config.json").is_file():
+                pretrain()
+        else:
+            run(stage, chosen.rows, chosen.languages)
+    if chosen.table:
+        rows = [json.loads(line) for line in chosen.rows.read_text(encoding="utf-8").splitlines()]
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Recipes with neutral residues and domain mixing: the stream, the gradient, what is measured, what is refused."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from adapters.neutrals import randomised, reference, weights_of
+from adapters.test_injected_loss import gradients, predicting, term_by_hand
+from raw import chain, raw_folder, raw_recipe
+from small import write_rows
+from tiny import FIRST_WORD, PAD
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import graftlm.prepare
+import graftlm.trainer
+from graftlm.check import check
+from graftlm.cli import app
+from graftlm.errors import DataError, RecipeError
+from graftlm.evaluation.result import Result
+from graftlm.folder import load
+from graftlm.prepare import prepare
+from graftlm.run import run_recipe
+
+SETTINGS = (
+    "mixing={share: 0.25, data: replay.jsonl}",
+    "adapter={method: neutral_residues, penalty_weight: 20}",
+)
+
+
+def folder_of(path, task="causal_lm", architecture="llama"):
+    folder = raw_folder(path, task, architecture, dropout=0.0)
+    write_rows(folder / "replay.jsonl", [{"text": text} for text in chain(9, 5, first=30)])
+    return folder
+
+
+def recipe_of(folder, *overrides):
+    return raw_recipe(folder, *SETTINGS, *overrides)
+
+
+def recorded(seen):
+    """Runs keep what they train on: (step, domains, ids)."""
+
+    class Recorded(graftlm.trainer._InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if model.training:
+                seen.append((self.state.global_step, inputs["domain"].tolist(), inputs["input_ids"].tolist()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    return Recorded
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run, and the batches that it saw."""
+    folder, seen = folder_of(tmp_path_factory.mktemp("neutral")), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graftlm.trainer, "_InOrder", recorded(seen))
+        run_recipe(recipe_of(folder, "training.eval_steps=5"), progress=False)
+    return folder, seen
+
+
+def test_the_share_is_exact_over_the_run_and_domains_are_those_of_the_texts(made):
+    _, seen = made
+    domains = [domain for _, batch, _ in seen for domain in batch]
+    rows = [[token for token in ids if token != PAD] for _, _, batch in seen for ids in batch]
+    new = [ids for ids, domain in zip(rows, domains, strict=True) if domain]
+    assert abs(len(domains) - len(new) - 0.25 * len(domains)) <= 0.5
+    times = Counter(tuple(ids) for ids in new)
+    assert sum(count % 3 != 0 for count in times.values()) <= 1, "each new block once an epoch, but for rounding"
+    first_old = FIRST_WORD + 30  # w30 is the first word of the old language
+    for ids, domain in zip(rows, domains, strict=True):
+        words = [token for token in ids if token >= FIRST_WORD]
+        assert all((token < first_old) == bool(domain) for token in words)
+
+
+def test_a_run_that_crashed_sees_the_rest_of_the_same_stream(made, tmp_path, monkeypatch):
+    _, stream = made
+    folder, seen = folder_of(tmp_path), []
+    recipe = recipe_of(folder, "training.eval_steps=5")
+    monkeypatch.setattr(graftlm.trainer, "_InOrder", recorded(seen))
+
+    class TrainingClock(graftlm.prepare.TrainingClock):  # the same name: checkpoints list callbacks by it
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 13:
+                raise OSError("the machine went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graftlm.prepare, "TrainingClock", TrainingClock)
+        with pytest.raises(OSError, match="went away"):
+            run_recipe(recipe, progress=False)
+    assert seen == stream[:13]
+    seen.clear()
+    run_recipe(recipe, progress=False)
+    assert seen == stream[10:], "from the last checkpoint"
+
+
+def test_the_gradient_of_a_run_is_that_of_the_loss_and_the_term(tmp_path):
+    folder = folder_of(tmp_path)
+    prepared = prepare(recipe_of(folder, "training.batch_size=16"), tmp_path / "run", progress=False)
+    trainer, model = prepared.trainer, randomised(prepared.loaded.model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert 0 < int(batch["domain"].sum()) < 16
+    items = 3 * int(predicting(batch).sum())  # of an optimizer step that has more batches
+    trainer.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(items)).backward()
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in weights_of(model).items()}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with reference(base, weights, "llama") as seen:
+        logits = base(**inputs).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    term = term_by_hand(seen, predicting(batch), batch["domain"], share=0.25)
+    (loss / items + 20 / 3 * term).backward()
+    found = gradients(model)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_result_log_adapter_gates_and_report(made):
+    folder = made[0] / "runs" / "causal_lm"
+    result = Result.read(folder)
+    assert result.scores[0].change.low > 0 and set(result.forgetting) == {"eng"}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row["penalty"] >= 0 for row in log if "loss" in row) and any(row.get("penalty", 0) > 0 for row in log)
+    gates = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
+    assert [(row["domain"], row["layer"]) for row in gates["rows"]] == [
+        (language, f"model.layers.{layer}.mlp") for language in ("dan", "eng") for layer in range(3)
+    ]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Where does the adapter speak?" in page and "English (known before)" in page
+    assert f"{100 * gates['rows'][0]['open']:.1f}" in page
+    assert "neutral residues" in page
+    assert load(folder).peft_config["default"].original_share == 0.25
+
+
+def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):
+    folder = folder_of(tmp_path)
+    found = check(recipe_of(folder))
+    assert [row.split for row in found.texts] == ["train", "mixing", "dev", "test", "test"]
+    assert found.texts[1].items == 9 and found.texts[1].language == "eng"
+    added = sum(found.layers.values())
+    assert found.size["added"] == added and abs(found.size["share"] - 0.2) < 0.02
+    assert found.penalty.weight == 20 and found.penalty.term > 0 and found.penalty.gradients > 0
+    twice = check(recipe_of(folder, "adapter.penalty_weight=40")).penalty
+    assert twice.term == pytest.approx(found.penalty.term) and twice.loss == pytest.approx(found.penalty.loss)
+    assert twice.gradients == pytest.approx(2 * found.penalty.gradients, rel=1e-3)
+    shown = CliRunner().invoke(app, ["check", str(folder / "recipe.yaml"), *SETTINGS])
+    assert "penalty:" in shown.output and "hidden units" in shown.output, shown.output
+    assert check(raw_recipe(folder, SETTINGS[0])).penalty is None  # LoRA with replay
+
+
+def test_what_is_refused(tmp_path):
+    folder = folder_of(tmp_path)
+    with pytest.raises(RecipeError, match="there is none; write mixing"):
+        raw_recipe(folder, SETTINGS[1])
+    with pytest.raises(RecipeError, match="there is none"):
+        raw_recipe(folder, SETTINGS[1], "mixing={share: 0, data: replay.jsonl}")
+    assert raw_recipe(folder, "adapter={method: neutral_residues, penalty_weight: 0}").mixing is None
+    with pytest.raises(RecipeError, match=r"the text of data\.test\.eng too"):
+        recipe_of(folder, "mixing.data=test.eng.jsonl")
+    assert [source.path for source in recipe_of(folder).sources()][-1] == "replay.jsonl"
+    with pytest.raises(DataError, match=r"mixing\.data: there is no such file"):
+        prepare(recipe_of(folder, "mixing.data=other.jsonl"), tmp_path / "run", progress=False)
