@@ -1,6 +1,7 @@
 """MAD-X as a recipe: language adapters below, the task adapter above, against the stack made by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,15 @@ def test_a_run_that_crashed_goes_on_with_its_stack(made, tmp_path, monkeypatch):
     run_recipe(small_recipe(made, *settings), progress=False)
     for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
         assert (tmp_path / "small" / name).read_bytes() == (made / "runs" / "small" / name).read_bytes(), name
+
+
+def test_a_finished_run_notices_that_a_language_adapter_was_trained_again(made, tmp_path):
+    run_folder = Path(shutil.copytree(made, tmp_path / "copy")) / "runs" / "small"
+    again = small_recipe(tmp_path / "copy", STACK, *SHORT)
+    assert run_recipe(again, progress=False) == Result.read(run_folder)
+    save_language_adapter(tmp_path / "copy" / "lang" / "deu", made / "model", seed=9, activation="gelu")
+    with pytest.raises(DataError, match=r"other data(.|\n)*lang/deu/adapter_model\.safetensors"):
+        run_recipe(again, progress=False)
 
 
 def test_an_invertible_language_adapter_and_a_schedule(tmp_path):

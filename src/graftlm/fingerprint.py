@@ -33,11 +33,14 @@ def _digests(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def _files(recipe: Recipe) -> Iterator[Path]:
-    """Local files; the starter kit belongs to the version of graftlm, a hub data set to its revision."""
+    """Local data and language adapters; the starter kit belongs to graftlm's version, a hub data set to its revision."""
     patterns = {str(recipe.path(source.path)) for source in recipe.sources() if source.is_file()}
     for pattern in sorted(patterns):
         plain = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
         yield from map(Path, sorted(plain))
+    for place in recipe.adapter.language_adapters.values():
+        found = (recipe.path(place) / part / "adapter_model.safetensors" for part in ("adapter", ""))
+        yield from (file for file in found if file.is_file())
 
 
 def _digest(path: Path) -> str:
