@@ -1,6 +1,7 @@
 """MAD-X as a recipe: language adapters below, the task adapter above, against the stack made by hand."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from graftlm.errors import DataError, ModelError, RecipeError, SetupError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
 from graftlm.prepare import prepare
-from graftlm.recipe import load_recipe
+from graftlm.recipe import load_recipe, shipped
 from graftlm.run import evaluate, run_recipe
 
 LANGUAGE_ADAPTERS = "language_adapters: {eng: ./lang/eng, deu: ./lang/deu}"
@@ -188,6 +189,18 @@ def test_what_cannot_work_says_what_to_type(made, override, error, says):
         get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained(lora)
     with pytest.raises(error, match=says):
         prepare(small_recipe(made, STACK, override), made / "runs" / "other", progress=False)
+
+
+def test_the_commands_that_are_shown_make_recipes(made):
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "mad-x.md"
+    shown = [
+        line[2:] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("$ graftlm train lang")
+    ]
+    shown.append(small_recipe(made, STACK).adapter.how_to_make("pt-BR"))
+    made_of_them = [load_recipe(shipped()["language-adapter"], shlex.split(line)[3:]) for line in shown]
+    assert [one.source for one in made_of_them] == ["eng", "deu", "pt-BR"]
+    for one in made_of_them:
+        assert one.name == f"language-{one.source}" and list(one.data.test) == [one.source] and one.data.dev is None
 
 
 def test_a_language_adapter_is_not_trained_over_another(made):

@@ -123,16 +123,13 @@ def works(arm: str, inputs: dict[str, torch.Tensor]):
         with torch.no_grad():
             adapted(**inputs)
 
-    return {"training step": step, "forward pass": forward}
-
-
-def parameters(arm: str) -> int:
-    return sum(p.numel() for p in model(arm).parameters() if p.requires_grad)
+    count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return {"training step": step, "forward pass": forward}, count
 
 
 def times(inputs: dict[str, torch.Tensor], rounds: int):
     """Per round: every arm once, in an order that turns, each work twice and the shorter one taken."""
-    made = {arm: works(arm, inputs) for arm in ARMS}
+    made = {arm: works(arm, inputs)[0] for arm in ARMS}
     for what in ("training step", "forward pass"):
         for arm in ARMS:
             made[arm][what]()
@@ -145,15 +142,16 @@ def times(inputs: dict[str, torch.Tensor], rounds: int):
             yield {"what": f"{what}, graftlm / LoRA", "round": number, "ratio": found["graftlm"] / found["LoRA"]}
 
 
-def peak(arm: str, inputs: dict[str, torch.Tensor]) -> int:
-    """Bytes by which ten steps raise the largest resident set, or the most that a GPU held."""
-    step = works(arm, inputs)["training step"]
+def peak(arm: str, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes by which ten steps raise the largest resident set, or the most that a GPU held; trainable parameters."""
+    made, count = works(arm, inputs)
+    step = made["training step"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(10):
         step()
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        return {"bytes": torch.cuda.max_memory_allocated(), "trainable": count}
+    return {"bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, "trainable": count}
 
 
 def memory(arguments: list[str]):
@@ -161,9 +159,10 @@ def memory(arguments: list[str]):
     found = {}
     for arm in ARMS:
         command = [sys.executable, __file__, "--peak", arm, *arguments]
-        found[arm] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[arm] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for arm in ARMS[1:]:
-        yield {"what": f"memory, {arm} / by hand", "round": 0, "ratio": found[arm] / found["by hand"], "bytes": found}
+        ratio = found[arm]["bytes"] / found["by hand"]["bytes"]
+        yield {"what": f"memory, {arm} / by hand", "round": 0, "ratio": ratio, "arms": found}
 
 
 def main() -> None:
@@ -171,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", type=int, default=8, help="examples a batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens an example")
+    parser.add_argument("--parts", nargs="*", default=["times", "memory"], choices=["times", "memory"])
     parser.add_argument("--peak", choices=ARMS, help="only print the memory of this arm")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.jsonl"), help="appended to")
     chosen = parser.parse_args()
@@ -178,7 +178,7 @@ def main() -> None:
     if torch.cuda.is_available():
         inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
     if chosen.peak:
-        print(peak(chosen.peak, inputs))
+        print(json.dumps(peak(chosen.peak, inputs)))
         return
     check_equal(batch(2, 16))
     size = ["--rows", str(chosen.rows), "--tokens", str(chosen.tokens)]
@@ -188,12 +188,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "batch": [chosen.rows, chosen.tokens],
-        "trainable": {arm: parameters(arm) for arm in ARMS},
     }
     found: dict[str, list[float]] = {}
     with chosen.out.open("a", encoding="utf-8") as file:
-        for rows in (times(inputs, chosen.rounds), memory(size)):
-            for row in rows:
+        parts = {"times": times(inputs, chosen.rounds), "memory": memory(size)}
+        for part in chosen.parts:
+            for row in parts[part]:
                 file.write(json.dumps(row | where) + "\n")
                 file.flush()
                 found.setdefault(row["what"], []).append(row["ratio"])

@@ -33,7 +33,7 @@ def _digests(recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def _files(recipe: Recipe) -> Iterator[Path]:
-    """Local data and language adapters; the starter kit belongs to graftlm's version, a hub data set to its revision."""
+    """Local data and language adapters; the starter kit belongs to graftlm's version, a hub set to its revision."""
     patterns = {str(recipe.path(source.path)) for source in recipe.sources() if source.is_file()}
     for pattern in sorted(patterns):
         plain = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)

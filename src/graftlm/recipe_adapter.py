@@ -105,8 +105,9 @@ class Adapter(Part):
 
     def how_to_make(self, language: str) -> str:
         """The command that trains a language adapter."""
-        name = f"name=language-{language} source={language}"
-        return f"graftlm train language-adapter.yaml {name} adapter.kind={self.kind} data.train=TEXT"
+        name = f"name=language-{language} source={language} adapter.kind={self.kind}"
+        text = f"data.train=TEXT data.dev=null 'data.test={{{language}: HELD_OUT_TEXT}}'"
+        return f"graftlm train language-adapter.yaml {name} {text}"
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
