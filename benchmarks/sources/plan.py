@@ -60,7 +60,7 @@ class Plan:
     source_epochs: float
     target_rows: tuple[int, ...]
     target_epochs: dict[int, float]
-    seeds: tuple[int, ...]
+    seeds: dict[int, tuple[int, ...]]
     test_rows: int
     maps: dict[str, dict] = field(default_factory=lambda: MAPS)
 
@@ -73,8 +73,8 @@ class Plan:
         return [source for source in self.sources if usable(source, target)]
 
     def cells(self) -> Iterator[str]:
-        for seed in self.seeds:
-            for count in self.target_rows:
+        for seed in sorted({seed for seeds in self.seeds.values() for seed in seeds}):
+            for count in (count for count in self.target_rows if seed in self.seeds[count]):
                 for target in self.targets:
                     for source in ["none", *self.usable(target)]:
                         yield f"cell/{target}/{count}/{seed}/{source}"
@@ -86,9 +86,9 @@ PLAN = Plan(
     source_rows=2000,
     source_epochs=1.0,
     target_rows=(200, 500),
-    target_epochs={200: 3.0, 500: 2.0},
-    seeds=(0, 1, 2),
-    test_rows=500,
+    target_epochs={200: 2.5, 500: 1.5},
+    seeds={200: (0, 1, 2), 500: (0, 1)},
+    test_rows=400,
 )
 SMOKE = Plan(
     sources=("snips", "cola"),
@@ -97,6 +97,6 @@ SMOKE = Plan(
     source_epochs=1.0,
     target_rows=(48,),
     target_epochs={48: 1.0},
-    seeds=(0, 1),
+    seeds={48: (0, 1)},
     test_rows=64,
 )

@@ -36,11 +36,10 @@ def score_all(plan: Plan, data: Path, work: Path, target: str, count: int) -> di
     for name in ("textemb", "vocabulary overlap", "size", "logme on source models"):
         found[name] = {}
     for source in sources:
-        texts = read(data, source, "train", plan.source_rows).texts
-        found["textemb"][source] = cosine(features.mean(axis=0), base(texts).mean(axis=0))
-        words = {token for ids in base.token_ids(texts) for token in ids}
-        found["vocabulary overlap"][source] = jaccard(own_words, words)
-        found["size"][source] = float(len(texts))
+        texts = np.load(work / "texts" / f"{source}.npz")
+        found["textemb"][source] = cosine(features.mean(axis=0), texts["mean"])
+        found["vocabulary overlap"][source] = jaccard(own_words, set(texts["words"].tolist()))
+        found["size"][source] = float(texts["rows"])
         tuned = Embedder(trainer.encoder(work / "lora" / source), tokenizer=trainer.tokenizer, **same)(rows.texts)
         found["logme on source models"][source] = logme(tuned, rows.labels)
     return found

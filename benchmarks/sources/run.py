@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import numpy as np  # noqa: E402
 from plan import PLAN, SMOKE, Plan  # noqa: E402  beside this file
 from table import table  # noqa: E402
 
@@ -67,6 +68,9 @@ def make_sources(plan: Plan, data: Path, work: Path, out: Path) -> None:
         for kind, how in plan.maps.items():
             esm = EmbeddingSpaceMap.fit(plain, tuned, base_model="MiniLM-L6", task=task, **how)
             esm.save(work / "maps" / kind / task)
+        words = sorted({token for ids in base.token_ids(rows.texts) for token in ids})
+        (work / "texts").mkdir(exist_ok=True)
+        np.savez(work / "texts" / f"{task}.npz", mean=plain.mean(axis=0), words=words, rows=len(rows.texts))
         moved = float(((tuned - plain) ** 2).sum() / (plain**2).sum())
         row = {"task": task, "rows": len(rows.texts), "dev": round(float(right), 4), "moved": round(moved, 4)}
         append(out / "sources.jsonl", row | {"train_seconds": spent, "seconds": clock.seconds()})

@@ -63,6 +63,7 @@ class Trainer:
     """Fine-tunes the encoder, from the pretrained weights or from those of a source task."""
 
     def __init__(self, model: str):
+        transformers.utils.logging.disable_progress_bar()
         self.name = model
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
