@@ -39,6 +39,14 @@ PLACES = {
     "mt5": T5,
 }
 KINDS = ("pfeiffer", "houlsby", "parallel")
+
+
+def pairs(everywhere):
+    """(architecture, kind): one kind on every architecture, all kinds where the structures differ."""
+    different = ("bert", "distilbert", "llama", "t5")
+    return [(one, kind) for one in PLACES for kind in KINDS if kind == everywhere or one in different]
+
+
 _LAYER = re.compile(
     r"base_model\.model\.(.*?(?:layer|layers|h|block)\.\d+)\.(.*?\.?)bottleneck_(down|up)\.(weight|bias)"
 )

@@ -55,6 +55,7 @@ def coupling(w, e, *, back=False):
     return torch.cat([one, two + mlp("g", one)], -1)
 
 
+@pytest.mark.supports("Bottleneck adapters", "invertible")
 @pytest.mark.parametrize("architecture", FITTING)
 def test_both_ends_against_hooks_on_the_bare_model(architecture):
     task = TASKS[architecture]

@@ -57,7 +57,8 @@ import pickle, sys
 config = pickle.load(open(sys.argv[1] + "/config.pickle", "rb"))
 import peft
 assert config.peft_type is peft.PeftType.BOTTLENECK is peft.PeftType("BOTTLENECK")
-print(type(config).__module__, config.bottleneck_size)
+assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["BOTTLENECK"] is type(config)
+print(type(config).__module__, config.bottleneck_size, len(peft.PeftType))
 """
 
 
@@ -67,27 +68,13 @@ def test_from_pretrained_works_after_a_bare_import_in_either_order(saved, import
 
 
 def test_unpickling_a_configuration_imports_what_it_needs(saved):
-    assert run(UNPICKLE, saved) == "graftlm.adapters.bottleneck 5"
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import graftlm.adapters.bottleneck",
-        "import graftlm; graftlm.BottleneckConfig",
-        "import graftlm.adapters.registry",
-    ],
-)
-def test_whatever_of_ours_is_imported_first_registers_once(first):
-    code = f"{first}\nimport peft, graftlm\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known"
-    code += "\nassert known['BOTTLENECK'] is graftlm.BottleneckConfig; print(len(peft.PeftType.__members__))"
-    assert run(code) == str(len(PeftType))
+    assert run(UNPICKLE, saved) == f"graftlm.adapters.bottleneck 5 {len(PeftType)}"
 
 
 def test_transformers_may_be_the_one_that_imports_peft():
     """Its trainer does so while it is itself being imported: a method that needs the trainer would fail then."""
-    code = "import graftlm; from transformers import Trainer; from peft import PeftType; print(PeftType('BOTTLENECK'))"
-    assert run(code) == "PeftType.BOTTLENECK"
+    code = "import graftlm.adapters.registry; from transformers import Trainer; from peft import PeftType"
+    assert run(f"{code}; print(PeftType('BOTTLENECK'), len(PeftType))") == f"PeftType.BOTTLENECK {len(PeftType)}"
 
 
 def test_the_type_is_a_real_member():
