@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -161,9 +162,36 @@ def test_a_missing_partner_is_an_error_with_its_id(partner):
         graftlm.FlareCollator(tiny_tokenizer(WORDS), labels="topic", answer="verdict")
 
 
+def test_a_projection_does_not_move_only_where_relu_is_dead_at_all_tokens_that_count():
+    batch = graftlm.FlareCollator(tiny_tokenizer(WORDS), target="danish", source="english")(ROWS)
+    moved = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_model("bert", dropout=0.0), graftlm.FlareConfig(r=1, task_type="SEQ_CLS"))
+        inner: dict[str, torch.Tensor] = {}
+
+        def keep(module, args, output, name, inner=inner):
+            inner[name] = args[0]
+
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.default"):
+                module.register_forward_hook(partial(keep, name=name))
+        model(**batch).loss.backward()
+        for name, found in inner.items():
+            # the classifier reads the first token, and so the queries of that token alone in the top layer
+            counts = batch["attention_mask"].bool()
+            if "layer.2." in name and "query" in name:
+                counts = counts & (torch.arange(counts.shape[1]) == 0)
+            moves = bool(model.get_parameter(f"{name}.weight").grad.any())
+            assert moves == bool(found[counts].any()), name
+            moved.append(moves)
+    assert 0 < sum(moved) < len(moved)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_a_users_own_trainer(checkpointing, tmp_path):
     torch.manual_seed(0)
+    # r = 8: with fewer directions one of the projections may be dead, see above
     model = get_peft_model(tiny_model("bert", dropout=0.0), graftlm.FlareConfig(r=8, task_type="SEQ_CLS"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
