@@ -34,7 +34,7 @@ class MappedEvidence:
     Args:
         features: X.
         targets: one column a target, none of them all zero.
-        precision: of the O(d³) work: ``float64``, or ``float32`` at about half the time. What comes after it, the means
+        precision: of the O(d³) work: ``float64``, or ``float32``, which is faster. What comes after it, the means
             included, is in float64 in both. Where a form would lose too many digits, the next better one is taken:
             float32, float64, the singular values.
     """
