@@ -2,51 +2,31 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftlm import language_adapters
 from graftlm import recipe as recipes
-from graftlm.adapters.bottleneck import BottleneckConfig
-from graftlm.adapters.flare import FlareConfig
-from graftlm.adapters.neutral_config import NeutralResiduesConfig
+from graftlm.adapted import Loaded, with_adapter
 from graftlm.architectures import describe
 from graftlm.data import starter_path
-from graftlm.errors import DataError, GraftError, ModelError, RecipeError
+from graftlm.errors import DataError, GraftError, ModelError
 from graftlm.language_adapters import ADAPTER
+from graftlm.new_tokens import extend_model
 from graftlm.recipe import Recipe
 from graftlm.tasks import Task, check_length, task_for
 
 MODEL, MERGED = "model", "merged"
 RESOLVED = "recipe.resolved.yaml"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A pretrained model with the recipe's adapter on it.
-
-    Attributes:
-        model: in float32, ready for a Trainer.
-        fresh: modules that the checkpoint does not have: the task's head, as a rule. They train and are saved.
-        targets: modules that carry LoRA, as PEFT names them; empty for other methods.
-    """
-
-    model: nn.Module
-    fresh: tuple[str, ...]
-    targets: tuple[str, ...]
 
 
 def locate(recipe: Recipe) -> str:
@@ -106,8 +86,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def load_model(
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, pieces: dict[int, list[int]] | None = None
+) -> Loaded:
     """The pretrained model with a head for the task and the recipe's adapter.
+
+    `pieces` are those of new tokens, see `graftlm.new_tokens`: they get rows, which train.
 
     Weights are float32 whatever the file holds: `training.precision` says in what the arithmetic is done.
 
@@ -135,15 +119,7 @@ def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -
     fresh = _fresh_modules(model, missing)
     _refuse_fresh_layers(model, missing, where)
     task.check_fresh(fresh, where)
-    if recipe.adapter.method == "none":
-        return Loaded(model, fresh, ())
-    with_adapter = {
-        "lora": _with_lora,
-        "bottleneck": _with_bottleneck,
-        "flare": _with_flare,
-        "neutral_residues": _with_neutral_residues,
-    }[recipe.adapter.method]
-    return with_adapter(recipe, model, task, fresh)
+    return with_adapter(recipe, model, task, fresh, extend_model(model, pieces) if pieces else None)
 
 
 @contextmanager
@@ -181,103 +157,6 @@ def _refuse_fresh_layers(model: PreTrainedModel, missing: set[str], where: str) 
                 "the checkpoint does not have the weights of all layers, so the model would be partly random",
                 found=f"{where}: {', '.join(lost[:4])}" + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
             )
-
-
-def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
-    targets = recipe.adapter.target_modules
-    if targets == "auto":
-        family = model.config.model_type
-        if family not in LORA_TARGETS:
-            linear = {re.sub(r".*\.", "", name) for name, part in _layer_linears(model)}
-            raise RecipeError(
-                f"PEFT has no default for the query and value projections of {family!r}",
-                found="adapter.target_modules: auto",
-                allowed=sorted(linear),
-                fix=f"adapter.target_modules=[{', '.join(sorted(linear)[:2])}]",
-            )
-        targets = tuple(LORA_TARGETS[family])
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise RecipeError(
-                f"{recipe.origin('adapter.target_modules')}: the model has no module of this name",
-                found=target,
-                allowed=sorted({re.sub(r".*\.", "", name) for name, _ in _layer_linears(model)}),
-            )
-    # GPT-2's projections are stored transposed; PEFT sets this itself, with a warning
-    chosen = [part for name, part in model.named_modules() if name.endswith(tuple(targets))]
-    transposed = any(isinstance(part, transformers.pytorch_utils.Conv1D) for part in chosen)
-    config = peft.LoraConfig(
-        task_type=task.peft_type,
-        r=recipe.adapter.r,
-        lora_alpha=recipe.adapter.alpha,
-        lora_dropout=recipe.adapter.dropout,
-        target_modules=list(targets),
-        fan_in_fan_out=transposed,
-        # PEFT adds the head by task type; whatever else is fresh would be random again after loading
-        modules_to_save=list(fresh) or None,
-    )
-    return Loaded(peft.get_peft_model(model, config), fresh, targets)
-
-
-def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
-    chosen = recipe.adapter
-    config = BottleneckConfig(
-        task_type=task.peft_type,
-        kind=chosen.kind,
-        reduction_factor=chosen.reduction_factor if chosen.bottleneck_size is None else None,
-        bottleneck_size=chosen.bottleneck_size,
-        activation=chosen.activation,
-        dropout=chosen.dropout,
-        scaling=chosen.scaling,
-        invertible=chosen.invertible,
-        modules_to_save=list(fresh) or None,
-    )
-    adapted = peft.get_peft_model(model, config, adapter_name=language_adapters.TASK)
-    language_adapters.add(adapted, recipe)
-    return Loaded(adapted, fresh, ())
-
-
-def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
-    chosen = recipe.adapter
-    config = FlareConfig(
-        task_type=task.peft_type,
-        r=chosen.r,
-        lora_alpha=chosen.alpha,
-        lora_dropout=chosen.dropout,
-        target_modules=None if chosen.target_modules == "auto" else list(chosen.target_modules),
-        fusion=chosen.fusion,
-        source_layer=chosen.source_layer,
-        align=chosen.align,
-        modules_to_save=list(fresh) or None,
-    )
-    adapted = peft.get_peft_model(model, config)
-    return Loaded(adapted, fresh, tuple(sorted(adapted.peft_config["default"].target_modules)))
-
-
-def _with_neutral_residues(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
-    chosen = recipe.adapter
-    config = NeutralResiduesConfig(
-        task_type=task.peft_type,
-        added_parameters=chosen.added_parameters,
-        counts=chosen.counts,
-        gate=chosen.gate,
-        penalty_weight=chosen.penalty_weight,
-        original_share=recipe.mixing.share if recipe.mixing and recipe.mixing.share else None,
-        penalty_through_input=chosen.penalty_through_input,
-        initialisation=chosen.initialisation,
-        sparse_inference=chosen.sparse_inference,
-        modules_to_save=list(fresh) or None,
-    )
-    return Loaded(peft.get_peft_model(model, config), fresh, ())
-
-
-def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    prefixes = tuple(f"{layer.name}." for layer in describe(model).layers)
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    return [
-        (name, part) for name, part in model.named_modules() if name.startswith(prefixes) and isinstance(part, kinds)
-    ]
 
 
 @contextmanager
@@ -348,9 +227,14 @@ def load(folder: str | os.PathLike[str], *, tokenizer: bool = False, language: s
     base = str(weights) if weights.name == MODEL else locate(recipe)
     with _explained(recipe, base), _quiet():
         config = transformers.AutoConfig.from_pretrained(weights, trust_remote_code=False)
+        grown = config.vocab_size
+        if recipe.new_tokens:
+            config.vocab_size = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False).vocab_size
         model = auto.from_pretrained(
             base, config=config, trust_remote_code=False, dtype=torch.float32, ignore_mismatched_sizes=True
         )
+        if grown > config.vocab_size:
+            model.resize_token_embeddings(grown, mean_resizing=False)  # the adapter holds the new rows
         if weights.name == ADAPTER:
             model = peft.PeftModel.from_pretrained(model, str(weights), adapter_name=language_adapters.TASK)
     if recipe.adapter.language_adapters:

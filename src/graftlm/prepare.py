@@ -12,13 +12,15 @@ import transformers
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
+from graftlm.adapted import Loaded
 from graftlm.adapters.penalty_log import PenaltyLog
 from graftlm.callbacks import StopAndSave, TrainingClock
 from graftlm.data import Labels, Split, load_texts
 from graftlm.errors import MissingExtra, RecipeError
 from graftlm.evaluation.metrics import METRICS, metrics_for, statistics
-from graftlm.folder import Loaded, load_model, load_tokenizer, locate
+from graftlm.folder import load_model, load_tokenizer, locate
 from graftlm.mixed_text import mixed
+from graftlm.new_tokens import extend_tokenizer
 from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
 from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
@@ -135,8 +137,11 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     arguments = training_arguments(recipe, folder, progress=progress)
     splits, task = read_splits(recipe)
     tokenizer = load_tokenizer(recipe)
+    pieces: dict[int, list[int]] = {}
+    if recipe.new_tokens:
+        tokenizer, pieces = extend_tokenizer(tokenizer, splits.train.texts, recipe.new_tokens)
     transformers.set_seed(recipe.seed)  # the head's weights are drawn next
-    loaded = load_model(recipe, task, tokenizer)
+    loaded = load_model(recipe, task, tokenizer, pieces)
     for split in splits.test.values():
         task.check_split(split, tokenizer, recipe.training)
     dropout = _dropout(recipe, folder, loaded, splits, progress=progress)

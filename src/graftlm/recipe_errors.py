@@ -67,6 +67,8 @@ def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
                 raise ValueError(f"task: {recipe.task} does not read {section}.{key}; delete it")
     if recipe.mixing and not raw:
         raise ValueError(f"task: {recipe.task} does not read mixing; delete it")
+    if recipe.new_tokens and not (raw and recipe.adapter.method in ("neutral_residues", "lora")):
+        raise ValueError("new_tokens: needs raw text and adapter.method: neutral_residues or lora")
     for tag, source in recipe.data.test.items():
         if recipe.mixing and source == recipe.mixing.data:
             raise ValueError(f"mixing.data is the text of data.test.{tag} too: what is trained on cannot be scored")

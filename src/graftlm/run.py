@@ -29,7 +29,7 @@ from graftlm.evaluation.result import FILE as RESULT
 from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
 from graftlm.evaluation.transfer import paired_gain, score
 from graftlm.fingerprint import changed_files, write_digests
-from graftlm.folder import RESOLVED, load, load_model, save
+from graftlm.folder import RESOLVED, load, load_model, load_tokenizer, save
 from graftlm.hub import licences, push
 from graftlm.neutral_run import write_gates
 from graftlm.prepare import (
@@ -99,7 +99,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     said = _in_each_language(trainer, prepared.task, prepared.splits.test, prepared.tokenizer, recipe)
     scored = {language: Scored(split, said[language]) for language, split in prepared.splits.test.items()}
     seconds = time.perf_counter() - began
-    base = _base_predictions(recipe, prepared.task, scored, prepared.tokenizer, progress=progress)
+    base = _base_predictions(recipe, prepared.task, scored, progress=progress)
     reference = _standard_reference(recipe, folder, progress=progress)
     scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference, base)
     if writes:
@@ -139,7 +139,7 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     splits = {language: checked(task, split) for language, split in splits.items()}
     predictions = _predictions(model, recipe, task, splits, tokenizer, progress=progress)
     scored = {language: Scored(split, predictions[language]) for language, split in splits.items()}
-    base = _base_predictions(recipe, task, scored, tokenizer, progress=progress)
+    base = _base_predictions(recipe, task, scored, progress=progress)
     scores = _scores(recipe, task, scored, train, None, base)
     if tests is None:
         old = {one.language: one for one in result.scores}
@@ -177,12 +177,13 @@ def _in_each_language(
 
 
 def _base_predictions(
-    recipe: Recipe, task: Task, scored: Mapping[str, Scored], tokenizer: Any, *, progress: bool
+    recipe: Recipe, task: Task, scored: Mapping[str, Scored], *, progress: bool
 ) -> dict[str, list[Prediction]] | None:
     """What the pretrained model says itself; None for a task whose head it does not have."""
     if recipe.task not in LANGUAGE_MODELLING:
         return None
-    model = load_model(recipe.changed("adapter={method: none}"), task, tokenizer).model
+    tokenizer = load_tokenizer(recipe)  # without new tokens
+    model = load_model(recipe.changed("adapter={method: none}", "new_tokens=null"), task, tokenizer).model
     splits = {language: one.split for language, one in scored.items()}
     return _predictions(model, recipe, task, splits, tokenizer, progress=progress)
 

@@ -15,7 +15,7 @@ from graftlm.adapters import checkpoint, registry
 from graftlm.adapters.bottleneck import _HEADS, BottleneckModel, places, width_of
 from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject
 from graftlm.adapters.neutral_config import PREFIX, NeutralResiduesConfig, size_of
-from graftlm.architectures import Sublayer, unwrapped
+from graftlm.architectures import Sublayer, describe, unwrapped
 from graftlm.errors import ModelError, SetupError
 
 _GATE, _GLU, _IN, _OUT = (f"{PREFIX}{role}" for role in ("gate", "glu", "in", "out"))
@@ -223,7 +223,8 @@ class NeutralResiduesModel(BottleneckModel):
             if peft_config.gate == "none":
                 del shapes["gate"]
             leaves = {f"{at}.{PREFIX}{role}.weight": shape for at in self._places for role, shape in shapes.items()}
-            checkpoint.check_file(peft_config, model, leaves, width, headless=further)
+            needed = {**leaves, **_new_rows(peft_config, model)}
+            checkpoint.check_file(peft_config, model, needed, width, headless=further)
             peft_config._read_from = None
         if domains_of(model) is None:
             Domains().install(model)
@@ -263,6 +264,15 @@ class NeutralResiduesModel(BottleneckModel):
             "Neutral residues cannot be merged into the weights of their model: their gate is a nonlinearity.",
             fix="keep the adapter beside the model (save_pretrained), or take it off: model.unload()",
         )
+
+
+def _new_rows(config: NeutralResiduesConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the rows of new tokens in a saved adapter."""
+    rows = config.trainable_token_indices or {}
+    if isinstance(rows, list):
+        rows = {describe(model).embeddings[0]: rows}
+    width = width_of(model)
+    return {f"{name}.token_adapter.trainable_tokens_delta": (len(chosen), width) for name, chosen in rows.items()}
 
 
 def _norm_behind(place: Sublayer) -> nn.Module | None:

@@ -61,6 +61,8 @@ class NeutralResiduesConfig(PeftConfig):
         sparse_inference: in evaluation mode compute the block of tokens with an open ReLU gate only; the same within
             rounding. It can be switched at any time, ``model.peft_config["default"].sparse_inference = True``.
         layers_to_transform, exclude_modules, modules_to_save: see `graftlm.BottleneckConfig`.
+        trainable_token_indices: rows of embeddings, and of an output matrix of its own, that train and are saved too:
+            those of new tokens, as in `peft.LoraConfig`.
         size: filled in by `get_peft_model`.
 
     Raises:
@@ -103,6 +105,7 @@ class NeutralResiduesConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     size: dict[str, Any] | None = field(default=None)
 
     target_modules = None  # PEFT asks every configuration for it

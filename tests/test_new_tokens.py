@@ -1,0 +1,160 @@
+"""Tokens for a new language: merges against a naive loop, rows as means of their pieces, whole runs."""
+
+import copy
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+from peft import get_peft_model
+from raw import byte_tokenizer, chain, raw_folder, raw_recipe
+from small import write_rows
+from tiny import tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizerFast
+
+import graftlm
+from graftlm.check import check
+from graftlm.errors import DataError, ModelError, RecipeError
+from graftlm.evaluation.bits_per_byte import bits_per_byte
+from graftlm.folder import load
+from graftlm.new_tokens import extend_model, extend_tokenizer
+from graftlm.run import run_recipe
+
+TEXTS = ["der Hund und der Bär", "und der Wald, und der Mond", "bärenstark under der Bärin"]
+
+
+def naive_merges(tokenizer, texts, count):
+    """Sennrich et al., Algorithm 1, every pair counted again for every merge."""
+    words = Counter(
+        word for text in texts for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    )
+    split = {word: list(word) for word in words}
+    found = []
+    for _ in range(count):
+        pairs = Counter()
+        for word, pieces in split.items():
+            for pair in itertools.pairwise(pieces):
+                pairs[pair] += words[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        found.append("".join(best))
+        for word, pieces in split.items():
+            joined, at = [], 0
+            while at < len(pieces):
+                if tuple(pieces[at : at + 2]) == best:
+                    joined.append("".join(best))
+                    at += 2
+                else:
+                    joined.append(pieces[at])
+                    at += 1
+            split[word] = joined
+    return found
+
+
+def test_merges_are_those_of_a_naive_loop_and_text_comes_back(tmp_path):
+    old = byte_tokenizer()
+    new, pieces = extend_tokenizer(old, TEXTS, 12)
+    assert [new.convert_ids_to_tokens(one) for one in pieces] == naive_merges(old, TEXTS, 12)
+    assert list(pieces) == list(range(len(old), len(old) + 12)) and len(new) == len(old) + 12
+    for one, parts in pieces.items():
+        assert "".join(old.convert_ids_to_tokens(parts)) == new.convert_ids_to_tokens(one)
+    further, _ = extend_tokenizer(new, TEXTS, 3)  # it goes on from there
+    assert further.get_vocab().items() >= new.get_vocab().items()
+    new.save_pretrained(tmp_path)
+    for made in (new, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in (*TEXTS, "ein anderer Text, mit  Lücken\n", "🐻 w1"):
+            ids = made(text)["input_ids"]
+            assert made.decode(ids) == text and len(ids) <= len(old(text)["input_ids"])
+            whole = [part for one in ids for part in pieces.get(one, [one])]
+            assert whole == old(text)["input_ids"], "new tokens stand for the pieces that they are the mean of"
+    assert len(new(TEXTS[0])["input_ids"]) < len(old(TEXTS[0])["input_ids"]) / 2
+    assert old.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_words_of_a_wordpiece_vocabulary():
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "der", "hu", "##nd", "##n", "h", "##u", "##d"]
+    old = BertTokenizerFast(vocab={token: at for at, token in enumerate(vocabulary)})
+    new, pieces = extend_tokenizer(old, ["der Hund", "Hund hund", "hun"], 1)
+    assert pieces == {12: [6, 7]} and new.tokenize("Der Hund, hun") == ["der", "hund", "[UNK]", "hu", "##n"]
+
+
+def test_what_cannot_be_extended():
+    with pytest.raises(ModelError, match="byte-pair encoding and WordPiece only"):
+        extend_tokenizer(tiny_tokenizer(), TEXTS, 1)
+    with pytest.raises(DataError, match="too few words"):
+        extend_tokenizer(byte_tokenizer(), ["aa aa"], 50)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True)]
+)
+def test_rows_are_means_and_train_alone(architecture, tied, tmp_path):
+    base = tiny_model(architecture, "causal_lm", dropout=0.0, tie_word_embeddings=tied)
+    batch = tiny_batch(architecture, "causal_lm")
+    plain = copy.deepcopy(base).eval()(**batch).logits
+    before = base.get_input_embeddings().weight.clone()
+    head = base.get_output_embeddings().weight.clone()
+    pieces = {96: [5, 6], 97: [7, 8, 9]}
+    rows = extend_model(base, pieces)
+    assert len(rows) == (1 if tied else 2) and all(found == [96, 97] for found in rows.values())
+    for matrix, old in ((base.get_input_embeddings(), before), (base.get_output_embeddings(), head)):
+        assert torch.equal(matrix.weight[:96], old)
+        for row, parts in pieces.items():
+            torch.testing.assert_close(matrix.weight[row], old[parts].mean(0))
+    untouched = copy.deepcopy(base)
+    config = graftlm.NeutralResiduesConfig(penalty_weight=0, trainable_token_indices=rows, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    torch.testing.assert_close(model.eval()(**batch).logits[..., :96], plain)
+    batch["input_ids"][:, 1] = 96
+    batch["labels"] = batch["labels"].where(batch["labels"] == -100, batch["input_ids"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    trained = model.eval()(**batch).logits
+    merged = model.base_model.model.get_input_embeddings().weight
+    assert torch.equal(merged[:96], before) and not torch.equal(merged[96], before[[5, 6]].mean(0))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = graftlm_loaded(untouched, tmp_path)
+    torch.testing.assert_close(again.eval()(**batch).logits, trained)
+
+
+def graftlm_loaded(base, path):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, path)
+
+
+@pytest.mark.parametrize("method", ["neutral_residues", "lora"])
+def test_a_run_with_new_tokens(method, tmp_path):
+    folder = raw_folder(tmp_path, "causal_lm", "llama", vocab_size=260, max_position_embeddings=256)
+    byte_tokenizer().save_pretrained(folder / "model")
+    write_rows(folder / "replay.jsonl", [{"text": text} for text in chain(5, 5, first=30)])
+    penalised = ("adapter.penalty_weight=1", "mixing={share: 0.2, data: replay.jsonl}")
+    recipe = raw_recipe(
+        folder,
+        "new_tokens=20",
+        f"adapter={{method: {method}}}",
+        *(penalised if method == "neutral_residues" else ()),
+        "training={epochs: 2, batch_size: 8, learning_rate: 1e-2, max_length: 128, stride: 8}",
+    )
+    texts = {row.split: row for row in check(recipe).texts}
+    result = run_recipe(recipe, progress=False)
+    model, tokenizer = load(recipe.folder, tokenizer=True)
+    assert len(tokenizer) == len(byte_tokenizer()) + 20
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    for score in result.scores:
+        lines = (folder / f"test.{score.language}.jsonl").read_text(encoding="utf-8").splitlines()
+        documents = [json.loads(line)["text"] for line in lines]
+        for one, how, value in (
+            (model, tokenizer, score.metrics["bits_per_byte"]),
+            (base, byte_tokenizer(), score.base),
+        ):
+            ours = bits_per_byte(one, how, documents, max_length=128, stride=8)
+            assert value.value == pytest.approx(ours["bits_per_byte"].value, rel=1e-4)
+    assert texts["train"].tokens_per_word < 2.5  # a byte each, and the blank: more than three before
+
+
+def test_a_recipe_that_cannot_have_new_tokens(tmp_path):
+    folder = raw_folder(tmp_path, "causal_lm", "llama")
+    with pytest.raises(RecipeError, match=r"new_tokens(.|\n)*neutral_residues or lora"):
+        raw_recipe(folder, "new_tokens=5", "adapter={method: none}")
