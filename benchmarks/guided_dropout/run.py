@@ -2,6 +2,7 @@
 
     python run.py --data DATA [--stages select tune primary secondary exploratory] [--rows FILE]
     python run.py --table
+    python run.py --data DATA --check-rates 2000       are the rates those of many more texts?
 
 Every finished run is a line of rows.jsonl; started again, it goes on with what is missing. The README says what is
 compared and was written first.
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from scipy.stats import kendalltau
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from graftlm.data import starter_path
@@ -63,6 +65,17 @@ def measured_rates(data: Path, path: Path) -> GuidedDropout:
     if not path.exists():
         GuidedDropout.estimate(STARTER, pretraining_texts(data)).save(path)
     return GuidedDropout.load(path)
+
+
+def check_rates(data: Path, path: Path, texts: int) -> str:
+    """The rates that were used against those of so many texts, without stopping early."""
+    used = GuidedDropout.load(path).rates
+    many = GuidedDropout.estimate(STARTER, pretraining_texts(data)[-texts:], tolerance=0.0).rates
+    order = kendalltau([used[block] for block in used], [many[block] for block in used]).statistic
+    moved = {block: many[block] - used[block] for block in used}
+    most = max(moved, key=lambda block: abs(moved[block]))
+    mean = np.mean(np.abs(list(moved.values())))
+    return f"{texts} other texts: τ {order:.3f}; rates differ by {mean:.4f} on average, by {moved[most]:+.4f} at {most}"
 
 
 def set_dropout(rates: GuidedDropout, arm: str, model: torch.nn.Module, seed: int) -> None:
@@ -243,11 +256,15 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["primary", "secondary", "exploratory"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--check-rates", type=int, metavar="TEXTS")
     arguments = parser.parse_args()
     if arguments.table:
         print("\n".join(table([json.loads(line) for line in arguments.rows.read_text().splitlines()])))
         return
     torch.set_num_threads(arguments.threads)
+    if arguments.check_rates:
+        print(check_rates(arguments.data, arguments.rows.with_name("rates.json"), arguments.check_rates))
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     runs = Runs(arguments.data, arguments.rows)

@@ -200,9 +200,33 @@ def summary(rows: list[dict]) -> str:
         orders = [row["opened"] for row in rows if row["variant"] == variant and row.get("opened")]
         if len({tuple(order) for order in orders}) > 1:
             lines.append(_order(variant, orders))
+    trials = [row for row in rows if row["trial"]]
+    settings = list(dict.fromkeys(json.dumps(row["tuned"]) for row in trials))
+    if len(settings) > 1:
+        lines += ["", f"| first seed, mean of the five | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
+    for values in settings if len(settings) > 1 else ():
+        at, _, _ = outcomes([row for row in trials if row["tuned"] == json.loads(values)])
+        means = [100 * np.mean([at[variant][tag] for tag in targets]) for variant in table]
+        name = ", ".join(f"{key.split('.')[-1]} {value:g}" for key, value in json.loads(values).items())
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    if len(settings) > 1:
+        lines += [
+            "",
+            f"| all seeds, fold by fold (what was tuned) | {' | '.join(table)} |",
+            "|---" * (len(table) + 1) + "|",
+        ]
+        for fold in sorted({row["fold"] for row in rows}):
+            cells = [_of_fold([chosen[variant, fold, seed] for seed in seeds], targets) for variant in table]
+            lines.append(f"| {fold} | {' | '.join(cells)} |")
     floor = noise_floor(np.array([found.mean(axis=1) for found in whole.values()]))
     lines += ["", "Noise floor (two sets of seeds of one schedule): " + (f"{100 * floor:.2f} points" if floor else "–")]
     return "\n".join(lines)
+
+
+def _of_fold(runs: list[dict], targets: list[str]) -> str:
+    """Mean accuracy of a fold's runs, and the setting that was chosen for them."""
+    right = [run["right"][tag].count("1") / len(run["right"][tag]) for run in runs for tag in targets]
+    return f"{100 * sum(right) / len(right):.1f} ({', '.join(f'{value:g}' for value in runs[0]['tuned'].values())})"
 
 
 def _order(variant: str, orders: list[list[int]]) -> str:
