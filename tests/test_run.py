@@ -25,6 +25,7 @@ from small import (
 from tiny import tiny_model, tiny_tokenizer
 
 import graftlm.run
+from graftlm.data import load_split
 from graftlm.errors import MissingExtra, ModelError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load, load_model, load_tokenizer
@@ -471,7 +472,7 @@ def test_a_decoder_without_padding_token_classifies(tmp_path):
 
 def test_the_starter_model_takes_an_adapter(tmp_path):
     recipe = load_recipe(shipped()["demo"])
-    task = task_for(recipe, graftlm.prepare.load_split(recipe, recipe.data.train, "train"))
+    task = task_for(recipe, load_split(recipe, recipe.data.train, "train"))
     loaded = load_model(recipe, task, load_tokenizer(recipe))
     assert "classifier" in loaded.fresh
     assert loaded.targets == ("query", "value")

@@ -200,7 +200,7 @@ def summary(rows: list[dict]) -> str:
         orders = [row["opened"] for row in rows if row["variant"] == variant and row.get("opened")]
         if len({tuple(order) for order in orders}) > 1:
             lines.append(_order(variant, orders))
-    trials = [row for row in rows if row["trial"]]
+    trials = [row for row in rows if row.get("trial")]
     settings = list(dict.fromkeys(json.dumps(row["tuned"]) for row in trials))
     if len(settings) > 1:
         lines += ["", f"| first seed, mean of the five | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]

@@ -133,7 +133,7 @@ def test_the_table_is_made_of_the_chosen_runs_alone():
         cost = {"train_seconds": 1.0}
         return {
             "variant": variant, "fold": fold, "seed": seed, "dev": dev, "ids": ids, "right": right, "cost": cost,
-            "trial": trial,
+            "trial": trial, "tuned": {},
         }  # fmt: skip
 
     rows = [
