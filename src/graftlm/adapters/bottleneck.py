@@ -228,12 +228,17 @@ class BottleneckModel(BaseTuner):
         leaves = {f"{name}.{leaf}": shape for name in self._places for leaf, shape in self._leaves(peft_config)}
         if self._embeddings is not None:
             leaves |= {f"{self._embeddings}.{leaf}": shape for leaf, shape in invertible.leaves(self._width)}
-        further = len(self.peft_config) > 1
-        if further and peft_config.task_type in _HEADS and not peft_config.modules_to_save:
-            peft_config.modules_to_save = list(_HEADS[peft_config.task_type])  # as PEFT does for the first one
+        further = self._give_head(peft_config)
         if peft_config._read_from is not None:
             checkpoint.check_file(peft_config, model, leaves, self._width, headless=further)
             peft_config._read_from = None
+
+    def _give_head(self, peft_config: PeftConfig) -> bool:
+        """Whether this is a further adapter; its head trains and is saved, as PEFT does for the first one."""
+        further = len(self.peft_config) > 1
+        if further and peft_config.task_type in _HEADS and not peft_config.modules_to_save:
+            peft_config.modules_to_save = list(_HEADS[peft_config.task_type])
+        return further
 
     def _leaves(self, config: BottleneckConfig) -> list[tuple[str, tuple[int, ...]]]:
         size, width = config.size(self._width), self._width

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from graftlm.adapters import checkpoint, registry
-from graftlm.adapters.bottleneck import _HEADS, BottleneckModel, places, width_of
+from graftlm.adapters.bottleneck import BottleneckModel, places, width_of
 from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject
 from graftlm.adapters.neutral_config import PREFIX, NeutralResiduesConfig, size_of
 from graftlm.architectures import Sublayer, describe, unwrapped
@@ -214,9 +214,7 @@ class NeutralResiduesModel(BottleneckModel):
         if peft_config._read_from is not None and peft_config.size is not None:
             size["hidden_units"] = peft_config.size["hidden_units"]  # under another head the share may round otherwise
         peft_config.size = size
-        further = len(self.peft_config) > 1
-        if further and peft_config.task_type in _HEADS and not peft_config.modules_to_save:
-            peft_config.modules_to_save = list(_HEADS[peft_config.task_type])  # as PEFT does for the first one
+        further = self._give_head(peft_config)
         if peft_config._read_from is not None:
             units, width = size["hidden_units"], self._width
             shapes = {"gate": (1, width), "glu": (units, width), "in": (units, width), "out": (width, units)}
