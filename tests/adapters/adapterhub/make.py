@@ -61,6 +61,7 @@ def main() -> None:
         for key, parameter in model.named_parameters():
             if ".made." in key:
                 parameter.data = 0.3 * torch.randn_like(parameter)
+        model.model_name = f"{name}/model"  # no path of the machine that made it
         model.save_adapter(str(folder / "adapter"), "made", with_head=False, use_safetensors=safetensors)
         ids = torch.randint(5, 40, (3, 9))
         with torch.no_grad():
