@@ -18,6 +18,7 @@ from torch import nn
 
 LENGTH, BATCH = 64, 16  # tokens, rows
 RANK, RATE = 8, 2e-3
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # a fifth of the time, on a CPU
 PAIR = " [SEP] "  # as Embedding Space Maps read pairs
 
 
@@ -69,7 +70,7 @@ class Trainer:
 
     def encoder(self, source: Path | None = None) -> nn.Module:
         """The pretrained encoder, with a source task's LoRA merged into it."""
-        encoder = transformers.AutoModel.from_pretrained(self.name)
+        encoder = transformers.AutoModel.from_pretrained(self.name, **NO_DROPOUT)
         if source is not None:
             encoder = peft.PeftModel.from_pretrained(encoder, str(source)).merge_and_unload()
         return encoder
@@ -100,6 +101,7 @@ class Trainer:
         return model.eval()
 
     @torch.inference_mode()
+    @torch.autocast("cpu", torch.bfloat16)  # a third of the time in float32
     def probabilities(self, model: Classifier, texts: list[str]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         found = np.empty((len(texts), model.head.out_features))
