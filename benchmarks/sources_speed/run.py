@@ -1,16 +1,15 @@
 """How long scoring one Embedding Space Map takes, beside hf-dataset-selector. See README.md.
 
-    python benchmarks/sources_speed/run.py --theirs PYTHON_OF_ITS_ENVIRONMENT [--maps 8]
+    python benchmarks/sources_speed/run.py --theirs PYTHON_OF_ITS_ENVIRONMENT [--maps 8] [--cores 2]
 
-The contestants take turns, map by map, each in one thread; the clock is processor time. Each row is written at once.
+The contestants take turns: map by map with one core, where the clock is processor time; in groups of maps with more,
+where it is the wall's. Each row is written at once.
 """
 
-import os
-
-os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMBA")}  # before numpy is imported
-
 import argparse
+import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,10 +18,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from graftlm.measure.evidence import by_svd
 from graftlm.measure.logme import targets_of
 from graftlm.measure.mapped import MappedEvidence
+from graftlm.sources.rank import in_threads
 
 SIZES = [(1000, 768, 3), (5000, 768, 3), (1000, 384, 3), (5000, 384, 3), (1000, 768, 77)]
 RANK = 8
@@ -54,10 +55,12 @@ def maps(width: int, count: int):
 class Theirs:
     """The other package, in its own process."""
 
-    def __init__(self, python: str, folder: Path):
+    def __init__(self, python: str, folder: Path, cores: int):
         self.folder = folder
         script = Path(__file__).with_name("theirs.py")
-        self.process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        limits = {f"{name}_NUM_THREADS": str(cores) for name in ("OMP", "OPENBLAS", "MKL", "NUMBA")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([python, str(script)], **pipes, text=True, env=os.environ | limits)
 
     def ask(self, **arrays: np.ndarray) -> dict:
         for name, array in arrays.items():
@@ -68,17 +71,19 @@ class Theirs:
         return json.loads(self.process.stdout.readline())
 
 
-def timed(work) -> tuple[float, float]:
-    started = time.process_time()
-    score = work().score
-    return time.process_time() - started, score
+def timed(works: list, cores: int) -> list[tuple[float, float]]:
+    """Seconds and score of each; with several cores at once, and then the seconds are equal shares of the whole."""
+    clock = time.process_time if cores == 1 else time.perf_counter
+    started = clock()
+    scores = [found.score for _, found in in_threads(lambda work: work(), works, cores)]
+    return [((clock() - started) / len(works), score) for score in scores]
 
 
 def ranks(scores: list[float]) -> list[int]:
     return np.argsort(np.argsort(scores)).tolist()
 
 
-def compare(rows: int, width: int, classes: int, count: int, theirs: Theirs | None) -> list[dict]:
+def compare(rows: int, width: int, classes: int, count: int, cores: int, theirs: Theirs | None) -> list[dict]:
     features, labels = target(rows, width, classes)
     columns = targets_of(labels, "classification", rows)
     ours = {precision: MappedEvidence(features, columns, precision) for precision in ("float64", "float32")}
@@ -86,21 +91,26 @@ def compare(rows: int, width: int, classes: int, count: int, theirs: Theirs | No
         theirs.ask(features=features, labels=labels)
     found: dict[str, list[tuple[float, float]]] = {}
     exact = []
-    for number, (weight, bias, up, down) in enumerate([next(iter(maps(width, 1))), *maps(width, count)]):
-        arms = {
-            "float64": lambda w=weight, b=bias: ours["float64"].linear(w, b),
-            "float32": lambda w=weight, b=bias: ours["float32"].linear(w, b),
-            f"rank {RANK}": lambda u=up, v=down, b=bias: ours["float64"].low_rank(u, v, b, identity=True),
+    size = 1 if cores == 1 else 4 * cores
+    warm = list(maps(width, cores))
+    timed_maps = list(maps(width, count))
+    for group in [warm, *(timed_maps[start : start + size] for start in range(0, count, size))]:
+        results = {
+            name: timed([functools.partial(work, *one) for one in group], cores)
+            for name, work in {
+                "float64": lambda weight, bias, *_: ours["float64"].linear(weight, bias),
+                "float32": lambda weight, bias, *_: ours["float32"].linear(weight, bias),
+                f"rank {RANK}": lambda _, bias, up, down: ours["float64"].low_rank(up, down, bias, identity=True),
+            }.items()
         }
-        results = {name: timed(work) for name, work in arms.items()}
         if theirs:
-            answer = theirs.ask(weight=weight, bias=bias)
-            results["hf-dataset-selector"] = answer["seconds"], answer["score"]
-        if number == 0:
+            answers = [theirs.ask(weight=weight, bias=bias) for weight, bias, *_ in group]
+            results["hf-dataset-selector"] = [(answer["seconds"], answer["score"]) for answer in answers]
+        if group is warm:
             continue  # what is made once: factors, and the other package's compilation
-        exact.append(by_svd(features.astype(float) @ weight.T.astype(float) + bias, columns).score)
+        exact += [by_svd(features.astype(float) @ w.T.astype(float) + b, columns).score for w, b, *_ in group]
         for name, result in results.items():
-            found.setdefault(name, []).append(result)
+            found.setdefault(name, []).extend(result)
     made = []
     for name, results in found.items():
         seconds, scores = zip(*results, strict=True)
@@ -119,18 +129,23 @@ def compare(rows: int, width: int, classes: int, count: int, theirs: Theirs | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theirs", help="python of an environment with hf-dataset-selector; without it ours alone")
     parser.add_argument("--maps", type=int, default=8)
+    parser.add_argument("--cores", type=int, default=1, help="for each contestant; with several, nothing else may run")
     parser.add_argument("--sizes", nargs="*", help="N,D,CLASSES …; all of them otherwise")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.jsonl"), help="appended to")
     chosen = parser.parse_args()
     sizes = [tuple(map(int, size.split(","))) for size in chosen.sizes] if chosen.sizes else SIZES
-    where = {"machine": f"{platform.machine()} CPU, 1 thread", "numpy": np.__version__}
-    with tempfile.TemporaryDirectory() as folder, chosen.out.open("a", encoding="utf-8") as file:
-        theirs = Theirs(chosen.theirs, Path(folder)) if chosen.theirs else None
+    where = {"machine": f"{platform.machine()} CPU", "cores": chosen.cores, "numpy": np.__version__}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        chosen.out.open("a", encoding="utf-8") as file,
+        threadpool_limits(1, user_api="blas"),
+    ):
+        theirs = Theirs(chosen.theirs, Path(folder), chosen.cores) if chosen.theirs else None
         for size in sizes:
-            for row in compare(*size, chosen.maps, theirs):
+            for row in compare(*size, chosen.maps, chosen.cores, theirs):
                 file.write(json.dumps(row | where) + "\n")
                 file.flush()
                 middle = f"{statistics.median(row['ms']):9.2f} ms a map"

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import sys
 import time
 
@@ -25,6 +26,8 @@ def load_scorer():
 
 
 def main() -> None:
+    # processor time where one thread is asked for, as run.py
+    clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
     scorer = load_scorer()
     features = labels = None
     for line in sys.stdin:
@@ -35,9 +38,9 @@ def main() -> None:
         else:
             weight, bias = np.load(request["weight"]), np.load(request["bias"])
             with contextlib.redirect_stdout(io.StringIO()):
-                started = time.process_time()
+                started = clock()
                 score = scorer(regression=False).fit(features @ weight.T + bias, labels)
-                answer = {"seconds": time.process_time() - started, "score": float(score)}
+                answer = {"seconds": clock() - started, "score": float(score)}
         print(json.dumps(answer), flush=True)
 
 
