@@ -6,30 +6,24 @@ import platform
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from graftlm import language_adapters
 from graftlm import recipe as recipes
-from graftlm.data import Split
 from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.card import write_card
-from graftlm.evaluation.metrics import majority
 from graftlm.evaluation.record import write_text
 from graftlm.evaluation.report import write_report
 from graftlm.evaluation.result import FILE as RESULT
-from graftlm.evaluation.result import Cost, Interval, Licences, Result, Score
-from graftlm.evaluation.transfer import paired_gain, score
+from graftlm.evaluation.result import Cost, Licences, Result, Score
 from graftlm.fingerprint import changed_files, write_digests
-from graftlm.folder import RESOLVED, load, load_model, load_tokenizer, save
+from graftlm.folder import RESOLVED, load, save
 from graftlm.hub import licences, push
 from graftlm.neutral_run import write_gates
 from graftlm.prepare import (
@@ -39,25 +33,25 @@ from graftlm.prepare import (
     checked,
     prepare,
     read_split,
-    training_arguments,
 )
-from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
-from graftlm.tasks import Encoded, Prediction, Task, task_for
-from graftlm.trainer import make_trainer
+from graftlm.recipe import Recipe, Source
+from graftlm.scoring import (
+    PREDICTIONS,
+    Scored,
+    base_predictions,
+    forgetting,
+    in_each_language,
+    predictions_of,
+    rows_of,
+    scores_of,
+)
+from graftlm.tasks import task_for
 
-WRITTEN, LOG, PREDICTIONS = "recipe.yaml", "log.jsonl", "predictions.jsonl"
+WRITTEN, LOG = "recipe.yaml", "log.jsonl"
 REFERENCE = "reference-standard"
 _PACKAGES = ("graftlm", "torch", "transformers", "peft", "accelerate", "datasets")
 
 log = logging.getLogger("graftlm")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One language's test set with what the model says of it."""
-
-    split: Split
-    predictions: list[Prediction]
 
 
 def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
@@ -96,18 +90,18 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     _train(prepared, folder)
 
     began = time.perf_counter()
-    said = _in_each_language(trainer, prepared.task, prepared.splits.test, prepared.tokenizer, recipe)
+    said = in_each_language(trainer, prepared.task, prepared.splits.test, prepared.tokenizer, recipe)
     scored = {language: Scored(split, said[language]) for language, split in prepared.splits.test.items()}
     seconds = time.perf_counter() - began
-    base = _base_predictions(recipe, prepared.task, scored, progress=progress)
+    base = base_predictions(recipe, prepared.task, scored, progress=progress)
     reference = _standard_reference(recipe, folder, progress=progress)
-    scores = _scores(recipe, prepared.task, scored, prepared.splits.train, reference, base)
+    scores = scores_of(recipe, prepared.task, scored, prepared.splits.train, reference, base)
     if writes:
         model = trainer.accelerator.unwrap_model(trainer.model)
         save(model, prepared.tokenizer, recipe, folder)
         write_gates(model, prepared.task, prepared.tokenizer, recipe, prepared.splits.test, folder)
         write_text(folder / LOG, _json_lines(trainer.state.log_history))
-        write_text(folder / PREDICTIONS, _json_lines(_prediction_rows(prepared.task, scored)))
+        write_text(folder / PREDICTIONS, _json_lines(rows_of(prepared.task, scored)))
         result = _result(prepared, scores, seconds)
         result.write(folder)  # the mark of a finished run, so after everything that cannot be made again from it
         _finish(recipe, folder)
@@ -137,66 +131,17 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     sources = recipe.data.test if tests is None else {tag: Source(path=path) for tag, path in tests.items()}
     splits = {language: read_split(here, source, "test", language) for language, source in sources.items()}
     splits = {language: checked(task, split) for language, split in splits.items()}
-    predictions = _predictions(model, recipe, task, splits, tokenizer, progress=progress)
+    predictions = predictions_of(model, recipe, task, splits, tokenizer, progress=progress)
     scored = {language: Scored(split, predictions[language]) for language, split in splits.items()}
-    base = _base_predictions(recipe, task, scored, progress=progress)
-    scores = _scores(recipe, task, scored, train, None, base)
+    base = base_predictions(recipe, task, scored, progress=progress)
+    scores = scores_of(recipe, task, scored, train, None, base)
     if tests is None:
         old = {one.language: one for one in result.scores}
         scores = [
             one.model_copy(update={"standard": old[one.language].standard, "gain": old[one.language].gain})
             for one in scores
         ]
-    return result.model_copy(update={"scores": tuple(scores), "forgetting": _forgetting(recipe, scores)})
-
-
-def _predictions(
-    model: Any, recipe: Recipe, task: Task, splits: Mapping[str, Split], tokenizer: Any, *, progress: bool
-) -> dict[str, list[Prediction]]:
-    """What a model that is not in training says of some splits."""
-    # without a dev split there is no evaluation to prepare, and the Trainer's folder is nobody's
-    pairs = ["data.parallel.dev=null"] if recipe.data.parallel else []
-    bare = recipe.changed("data.dev=null", *pairs, "output.report_to=none")
-    with tempfile.TemporaryDirectory() as nowhere:
-        arguments = training_arguments(bare, Path(nowhere), progress=progress)
-        trainer = make_trainer(model, arguments, task, tokenizer, progress=progress)
-        return _in_each_language(trainer, task, splits, tokenizer, recipe)
-
-
-def _in_each_language(
-    trainer: Trainer, task: Task, splits: Mapping[str, Split], tokenizer: Any, recipe: Recipe
-) -> dict[str, list[Prediction]]:
-    """Predictions for each split, with the language's own adapter below the task's where the recipe has such."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    found = {}
-    for language, split in splits.items():
-        language_adapters.use(model, recipe, language)
-        found[language] = predict(trainer, task, split, tokenizer, recipe)
-    language_adapters.use(model, recipe, recipe.source)
-    return found
-
-
-def _base_predictions(
-    recipe: Recipe, task: Task, scored: Mapping[str, Scored], *, progress: bool
-) -> dict[str, list[Prediction]] | None:
-    """What the pretrained model says itself; None for a task whose head it does not have."""
-    if recipe.task not in LANGUAGE_MODELLING:
-        return None
-    tokenizer = load_tokenizer(recipe)  # without new tokens
-    model = load_model(recipe.changed("adapter={method: none}", "new_tokens=null"), task, tokenizer).model
-    splits = {language: one.split for language, one in scored.items()}
-    return _predictions(model, recipe, task, splits, tokenizer, progress=progress)
-
-
-def predict(trainer: Trainer, task: Task, split: Split, tokenizer: Any, recipe: Recipe) -> list[Prediction]:
-    """One prediction for each item of a split, on all processes."""
-    encoded: Encoded = task.encode(split, tokenizer, recipe.training)
-    before, trainer.compute_metrics = trainer.compute_metrics, None  # made for the dev split's items
-    try:
-        outputs = trainer.predict(encoded.features).predictions
-    finally:
-        trainer.compute_metrics = before
-    return task.decode(outputs, encoded, split)
+    return result.model_copy(update={"scores": tuple(scores), "forgetting": forgetting(recipe, scores)})
 
 
 def _finished(recipe: Recipe, folder: Path) -> bool:
@@ -286,77 +231,6 @@ def _standard_reference(recipe: Recipe, folder: Path, *, progress: bool) -> Path
     return folder / REFERENCE
 
 
-def _scores(
-    recipe: Recipe,
-    task: Task,
-    scored: Mapping[str, Scored],
-    train: Split,
-    reference: Path | None,
-    base: Mapping[str, list[Prediction]] | None,
-) -> list[Score]:
-    standard = _reference_predictions(reference) if reference else {}
-    theirs = Result.read(reference) if reference else None
-    before = {one.language: theirs.primary(one) for one in theirs.scores} if theirs else {}
-    scores = []
-    for language, one in scored.items():
-        gold, said = task.gold(one.split.labels), task.gold([prediction.value for prediction in one.predictions])
-        gain: Interval | None = None
-        if reference:
-            ids, values = standard[language]
-            gain = paired_gain(
-                task.name, gold, said, task.gold(values), ids=one.split.ids, reference_ids=ids, seed=recipe.seed
-            )
-        metrics = score(task.name, gold, said, seed=recipe.seed)
-        first: Interval | None = None
-        change: Interval | None = None
-        if base is not None:
-            theirs_at_first = task.gold([prediction.value for prediction in base[language]])
-            first = score(task.name, gold, theirs_at_first, seed=recipe.seed)[next(iter(metrics))]
-            change = paired_gain(task.name, gold, said, theirs_at_first, seed=recipe.seed)
-        scores.append(
-            Score(
-                language=language,
-                n=len(one.split),
-                is_source=language == recipe.source,
-                metrics=metrics,
-                majority=majority(task.name, task.gold(train.labels), gold) if recipe.references.majority else None,
-                standard=before.get(language),
-                gain=gain,
-                base=first,
-                change=change,
-            )
-        )
-    return scores
-
-
-def _forgetting(recipe: Recipe, scores: list[Score]) -> dict[str, Interval] | None:
-    """What the run did to the languages that the model knew before."""
-    found = {one.language: one.change for one in scores if one.language in recipe.data.old and one.change is not None}
-    return found or None
-
-
-def _reference_predictions(folder: Path) -> dict[str, tuple[list[Any], list[Any]]]:
-    found: dict[str, tuple[list[Any], list[Any]]] = {}
-    try:
-        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError("the reference run has no predictions", found=folder, fix=f"delete {folder}") from error
-    for row in map(json.loads, lines):
-        ids, values = found.setdefault(row["language"], ([], []))
-        ids.append(row["id"])
-        values.append(row["prediction"])
-    return found
-
-
-def _prediction_rows(task: Task, scored: Mapping[str, Scored]) -> list[dict[str, Any]]:
-    rows = []
-    for language, one in scored.items():
-        for item, label, said in zip(one.split.ids, one.split.labels, one.predictions, strict=True):
-            row = {"id": item, "language": language, "label": task.plain(label), "prediction": said.value}
-            rows.append(row | ({"scores": said.scores} if said.scores is not None else {}))
-    return rows
-
-
 def _json_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -373,7 +247,7 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
         selected_on=(recipe.source,) if prepared.dev else (),
         seed=recipe.seed,
         scores=tuple(scores),
-        forgetting=_forgetting(recipe, scores),
+        forgetting=forgetting(recipe, scores),
         language_adapters=recipe.adapter.language_adapters or None,
         cost=Cost(
             train_seconds=prepared.clock.seconds,
