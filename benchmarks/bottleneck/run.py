@@ -67,29 +67,28 @@ def language_recipe(work: Path, tag: str, overrides: list[str] | None = None):
     )
 
 
-def train_languages(work: Path, overrides: list[str]) -> None:
+def train_languages(recipes: dict, state: Path) -> None:
     """Every language adapter, once; waits for those that another process trains."""
     from graftlm.study.runner import DONE, TAKEN, do_in_process, error_of, finished
 
-    recipes = [language_recipe(work, tag, overrides) for tag in NOVELS]
-    while left := [recipe for recipe in recipes if not finished(recipe)]:
+    while left := [recipe for recipe in recipes.values() if not finished(recipe)]:
         for recipe in left:
             began = time.monotonic()
-            code = do_in_process(recipe, work / "languages.state")
+            code = do_in_process(recipe, state)
             if code == DONE:
                 logging.info("%s (%.0f s)", recipe.name, time.monotonic() - began)
             elif code != TAKEN:
-                sys.exit(f"{recipe.name}: {error_of(work / 'languages.state', recipe.name)}")
+                sys.exit(f"{recipe.name}: {error_of(state, recipe.name)}")
         time.sleep(2)
 
 
-def language_rows(work: Path, overrides: list[str]) -> list[dict]:
-    """What each language adapter learned of its novels."""
+def language_rows(recipes: dict) -> list[dict]:
+    """What each language adapter learned of its text."""
     from graftlm.evaluation.result import Result
 
     rows = []
-    for tag in NOVELS:
-        result = Result.read(language_recipe(work, tag, overrides).folder)
+    for tag, recipe in recipes.items():
+        result = Result.read(recipe.folder)
         (score,) = result.scores
         rows.append(
             {
@@ -105,8 +104,8 @@ def language_rows(work: Path, overrides: list[str]) -> list[dict]:
     return rows
 
 
-def language_table(rows: list[dict]) -> str:
-    lines = ["| novels, held out | bits a byte of masked tokens, before | after | change, 95 % interval | seconds |"]
+def language_table(rows: list[dict], text: str = "novels") -> str:
+    lines = [f"| {text}, held out | bits a byte of masked tokens, before | after | change, 95 % interval | seconds |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:
         found = row["change"]
@@ -162,13 +161,14 @@ def main() -> None:
             shutil.copyfile(HERE / name, work / name)
         driver.write_folds(given.data / "multilingual" / "sib200_topic", work / "folds")
         write_novels(given.data / "raw_text", work / "novels")
-        train_languages(work, given.language)
+        recipes = {tag: language_recipe(work, tag, given.language) for tag in NOVELS}
+        train_languages(recipes, work / "languages.state")
 
         from graftlm.evaluation.record import write_text
         from graftlm.study.execute import Shard, execute
         from graftlm.study.plan import load_study
 
-        languages = "".join(json.dumps(row) + "\n" for row in language_rows(work, given.language))
+        languages = "".join(json.dumps(row) + "\n" for row in language_rows(recipes))
         write_text(HERE / "rows.languages.jsonl", languages)
         study = replace(load_study(work / "study.yaml", given.overrides), root=work / "studies")
         rows = HERE / "rows.study.jsonl"
