@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from lms import lm
 from raw import byte_tokenizer, chain, raw_folder, raw_recipe
 from safetensors.torch import load_file
 from small import save_model, write_rows
-from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import ENCODERS, tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Trainer
 
 import graftlm.prepare
 import graftlm.trainer
 from graftlm.check import check
 from graftlm.errors import DataError, ModelError, RecipeError
-from graftlm.evaluation.bits_per_byte import bits_per_byte, windows
+from graftlm.evaluation.bits_per_byte import bits_per_byte, token_losses, windows
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
+from graftlm.language_modelling import logits_at
 from graftlm.measure.likelihood import IGNORED
 from graftlm.recipe import Recipe
 from graftlm.run import evaluate, run_recipe
@@ -332,3 +334,49 @@ def test_text_that_is_refused_names_its_place(tmp_path):
     assert not (folder / "runs").exists() or not list((folder / "runs").rglob("*.json"))
     with pytest.raises(RecipeError, match="sets this itself"):
         run(raw_recipe(folder, "training.arguments={label_smoothing_factor: 0.1}"))
+
+
+@pytest.mark.parametrize("architecture", [*ENCODERS, "electra"])
+def test_logits_of_masked_places_alone_give_the_same_gradient(architecture):
+    model = lm(architecture).double().eval()
+    batch = tiny_batch("bert", "masked_lm")
+    labels = batch.pop("labels")
+    places = labels != IGNORED
+    assert 0 < places.sum() < places.numel()
+
+    def gradients(outputs, targets):
+        token_losses("masked_lm", outputs.logits, targets)[0].sum().backward()
+        found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    whole = gradients(model(**batch), labels)
+    with logits_at(model, places):
+        few = model(**batch)
+    assert few.logits.shape[:2] == (1, places.sum())
+    for one, other in zip(gradients(few, labels[places][None]), whole, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+    assert model(**batch).logits.shape[:2] == places.shape  # the hook is gone
+
+
+def test_a_masked_lm_trains_on_the_logits_of_masked_tokens_alone_and_learns_the_same(tmp_path, monkeypatch):
+    calls: list[int] = []
+
+    def counted(model, places):
+        calls.append(int(places.sum()))
+        return logits_at(model, places)
+
+    monkeypatch.setattr(graftlm.trainer, "logits_at", counted)
+    folder = raw_folder(tmp_path, "masked_lm", "bert")
+    settings = ("training.max_steps=4", "data.dev=null", "training.gradient_accumulation_steps=2")
+    few = raw_recipe(folder, "name=few", *settings)
+    run(few)
+    assert len(calls) == 8
+    monkeypatch.setattr(graftlm.trainer._InOrder, "compute_loss", Trainer.compute_loss)
+    whole = raw_recipe(folder, "name=whole", *settings)
+    run(whole)
+    assert len(calls) == 8
+    one, other = (load_file(recipe.folder / "adapter" / "adapter_model.safetensors") for recipe in (few, whole))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,8 @@
 """Masked and causal language modelling as tasks of a recipe."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,28 @@ from graftlm.errors import ModelError
 from graftlm.evaluation import bits_per_byte
 from graftlm.measure.likelihood import IGNORED
 from graftlm.task import Encoded, Prediction, Task
+
+
+@contextmanager
+def logits_at(model: Any, places: torch.Tensor) -> Iterator[None]:
+    """Within it the output matrix is applied at some places only, and logits are (1, places, vocabulary).
+
+    Of a masked language model's logits only those of masked tokens have a loss, 15 % of them; with a large vocabulary
+    they cost as much as everything below them. What comes before the matrix is computed everywhere.
+
+    Args:
+        model: with an output matrix, `get_output_embeddings`.
+        places: (batch, tokens), true where logits are wanted; in their order row by row.
+    """
+
+    def gather(_, arguments):
+        return arguments[0][places][None], *arguments[1:]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class LanguageModel(Task):

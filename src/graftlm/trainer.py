@@ -10,6 +10,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from graftlm.adapters.injected_loss import with_penalty
 from graftlm.callbacks import ProgressBar
 from graftlm.context import domain
+from graftlm.language_modelling import logits_at
+from graftlm.measure.likelihood import IGNORED
 from graftlm.raw_text import Blocks
 from graftlm.tasks import Task
 
@@ -24,7 +26,15 @@ class _InOrder(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    masked = False  # a masked LM: the loss needs the logits of masked tokens alone
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.masked and not return_outputs:
+            labels = inputs["labels"]
+            places = labels != IGNORED
+            inputs = inputs | {"labels": labels[places][None]}
+            with logits_at(self.accelerator.unwrap_model(model), places):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "domain" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with domain(inputs.pop("domain"), targets=inputs["labels"], items=num_items_in_batch):
@@ -49,6 +59,8 @@ def make_trainer(
         compute_loss_func=_with_penalty(model, task.loss()),
         **kwargs,
     )
+    # compiled code sees no hook, and DataParallel cuts the batch after it
+    trainer.masked = task.name == "masked_lm" and not arguments.torch_compile and arguments.n_gpu <= 1
     # our models' losses are means over the batch and do not look at num_items_in_batch; where Trainer believes that
     # they do, it leaves out the division by the accumulation steps (transformers#47688)
     trainer.model_accepts_loss_kwargs = False
