@@ -27,8 +27,8 @@ _NODES = np.cos(np.pi * (np.arange(12) + 0.5) / 12)
 _FINE = np.linspace(-1, 1, 401)
 _INTERPOLATE = chebvander(_FINE, 11) @ np.linalg.inv(chebvander(_NODES, 11))
 
-# h of all columns (None), or of one, at many log t: (points, targets)
-Profile = Callable[[np.ndarray, int | None], np.ndarray]
+# h and R at many log t: of all columns (None), (points, targets) each; or at each log t of one column, (points, 1)
+Profile = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -58,35 +58,44 @@ def grid_of(lowest: float, largest: float) -> Float[np.ndarray, " points"]:
 
 
 def climb(
-    profile: Profile, grid: Float[np.ndarray, " points"], values: Float[np.ndarray, "points targets"]
-) -> tuple[Float[np.ndarray, " targets"], Float[np.ndarray, " targets"]]:
-    """log t and h at the highest point of each column, every peak of the grid refined.
+    profile: Profile,
+    grid: Float[np.ndarray, " points"],
+    values: Float[np.ndarray, "points targets"],
+    residuals: Float[np.ndarray, "points targets"],
+) -> tuple[Float[np.ndarray, " targets"], Float[np.ndarray, " targets"], Float[np.ndarray, " targets"]]:
+    """log t, h and R at the highest point of each column, every peak of the grid refined.
 
-    Columns that peak at one grid point share what is computed around it.
+    Two more profiles are taken: of all columns around each point of the grid where one of them peaks, and of each
+    column at its peaks.
 
     Args:
-        profile: h of all columns or of one, at many log t.
+        profile: h and R.
         grid: from `grid_of`.
         values: h on it.
+        residuals: R on it.
     """
-    where, highest = grid[values.argmax(axis=0)], values.max(axis=0)
+    top = values.argmax(axis=0)
+    where, highest, residual = grid[top], values.max(axis=0), residuals[top, np.arange(len(top))]
     middle = values[1:-1]
-    peaks = (middle >= values[:-2]) & (middle >= values[2:])
-    for peak in (1 + np.flatnonzero(peaks.any(axis=1))).tolist():
-        half = (grid[peak + 1] - grid[peak - 1]) / 2
-        columns = np.flatnonzero(peaks[peak - 1])
-        near = profile(grid[peak] + half * _NODES, int(columns[0]) if len(columns) == 1 else None)
-        fine = _INTERPOLATE @ (near if len(columns) == 1 else near[:, columns])
-        for column, curve in zip(columns.tolist(), fine.T, strict=True):
-            top = min(max(int(curve.argmax()), 1), len(curve) - 2)
-            left, centre, right = curve[top - 1 : top + 2]
-            bend = left - 2 * centre + right
-            shift = 0.5 * (left - right) / bend if bend < 0 else 0.0
-            at = grid[peak] + half * (_FINE[top] + np.clip(shift, -1, 1) * (_FINE[1] - _FINE[0]))
-            height = float(profile(np.array([at]), column)[0, 0])
-            if height > highest[column]:
-                where[column], highest[column] = at, height
-    return where, highest
+    peaks, columns = np.nonzero((middle >= values[:-2]) & (middle >= values[2:]))
+    if not len(peaks):
+        return where, highest, residual
+    step = grid[1] - grid[0]
+    points, point_of = np.unique(peaks, return_inverse=True)
+    centres = grid[1 + points]
+    near, _ = profile((centres[:, None] + step * _NODES).ravel(), None)
+    curves = near.reshape(len(points), len(_NODES), -1)[point_of, :, columns] @ _INTERPOLATE.T
+    tops = np.clip(curves.argmax(axis=1), 1, len(_FINE) - 2)
+    left, centre, right = (curves[np.arange(len(tops)), tops + side] for side in (-1, 0, 1))
+    bend = left - 2 * centre + right
+    shift = np.divide(0.5 * (left - right), bend, out=np.zeros(len(tops)), where=bend < 0)
+    at = centres[point_of] + step * (_FINE[tops] + np.clip(shift, -1, 1) * (_FINE[1] - _FINE[0]))
+    heights, found = profile(at, columns)
+    for number in np.argsort(heights[:, 0]):  # the highest last
+        if heights[number, 0] > highest[columns[number]]:
+            column = columns[number]
+            where[column], highest[column], residual[column] = at[number], heights[number, 0], found[number, 0]
+    return where, highest, residual
 
 
 def per_row(h: Float[np.ndarray, " targets"], rows: int) -> Float[np.ndarray, " targets"]:
@@ -110,17 +119,20 @@ def by_svd(features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n tar
     outside = ((targets - left @ projected) ** 2).sum(axis=0)
     profile = partial(_heights, values, projected**2, outside, rows)
     grid = grid_of(FLOOR * float(values[0]), float(values[0]))
-    where, highest = climb(profile, grid, profile(grid, None))
+    where, highest, _ = climb(profile, grid, *profile(grid, None))
     better = highest > silent
     heights[better], ratios[better] = highest[better], np.exp(where[better])
     return Evidence(per_row(heights, rows), ratios)
 
 
 def _heights(
-    values: np.ndarray, squares: np.ndarray, outside: np.ndarray, rows: int, at: np.ndarray, column: int | None
-) -> np.ndarray:
-    """h from eigenvalues, and what of each column lies in their directions and outside."""
-    chosen = slice(None) if column is None else slice(column, column + 1)
+    values: np.ndarray, squares: np.ndarray, outside: np.ndarray, rows: int, at: np.ndarray, which: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """h and R from eigenvalues, and what of each column lies in their directions and outside."""
     t = np.exp(at)[:, None]
-    residual = (t / (t + values)) @ squares[:, chosen] + outside[chosen]
-    return -rows * np.log(residual) - np.log1p(values / t).sum(axis=1)[:, None]
+    shares = t / (t + values)
+    if which is None:
+        residual = shares @ squares + outside
+    else:
+        residual = (shares * squares.T[which]).sum(axis=1, keepdims=True) + outside[which][:, None]
+    return -rows * np.log(residual) - np.log1p(values / t).sum(axis=1)[:, None], residual

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import block_diag
 
 from graftlm.errors import SetupError
 from graftlm.measure.evidence import Evidence, by_svd
@@ -72,15 +71,21 @@ class MappedEvidence:
     def _single_factor(self) -> Float[np.ndarray, "rows d"]:
         return (self._centred if self._dual else self._once(self._factor)).astype(np.float32)
 
-    def _eigen(self) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "m m"]]:
+    def _eigen(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues, what turns rows of the width into their basis, and there the rows X₀ᵀY, or Y and ones."""
         values, vectors = np.linalg.eigh(
             self._centred @ self._centred.T if self._dual else self._centred.T @ self._centred
         )
-        return np.maximum(values, 0.0), vectors
+        if self._dual:
+            turn, sides = self._centred.T @ vectors, np.column_stack([self._targets, np.ones(self.rows)])
+        else:
+            turn, sides = vectors, self._moments
+        return np.maximum(values, 0.0), turn, sides.T @ vectors
 
     def identity(self) -> Evidence:
         """The evidence of the features as they are."""
-        return self._checked(self._low_rank(None, None, np.zeros(self.width)), self._unmapped)
+        nothing = np.zeros((self.width, 0))
+        return self._checked(self._low_rank(nothing, nothing, np.zeros(self.width)), self._unmapped)
 
     def linear(self, weight: Float[np.ndarray, "out d"], bias: Float[np.ndarray, " out"]) -> Evidence:
         """The evidence of XWᵀ + 1bᵀ."""
@@ -130,42 +135,46 @@ class MappedEvidence:
             mapped = self._work.array("mapped", (size, rows), same.dtype)
             np.matmul(self._once(self._single_factor) if single else self._centred, same, out=mapped.T)
             sides = np.column_stack([self._targets, np.ones(rows), self._centred @ (exact @ mean)])
-            core = np.array([[mean @ mean, 1.0], [1.0, 0.0]])
+            core, share = np.array([[mean @ mean, 1.0], [1.0, 0.0]]), None
         else:
-            sides = np.column_stack([exact.T @ self._moments + np.outer(mean, self._sums), mean])
-            core = np.array([[float(rows)]])
+            sides = np.column_stack([exact.T @ self._moments, mean])
+            core, share = np.array([[float(rows)]]), self._sums[None]
             mapped = same
             multiply_lower(self._once(self._single_factor if single else self._factor), mapped)  # LᵀWᵀ
         square = self._work.array("square", (mapped.shape[1], mapped.shape[1]), mapped.dtype)
         gram(mapped, square)
-        return self._maximised(*tridiagonal(square, sides), core)
+        return self._maximised(*tridiagonal(square, sides), core, share)
 
-    def _low_rank(self, up: np.ndarray | None, down: np.ndarray | None, bias: np.ndarray) -> Evidence:
-        values, vectors = self._once(self._eigen)
-        if up is None or down is None:
-            up = down = np.zeros((self.width, 0))
-        eye, none = np.eye(up.shape[1]), np.zeros((up.shape[1], up.shape[1]))
+    def _low_rank(self, up: np.ndarray, down: np.ndarray, bias: np.ndarray) -> Evidence:
+        values, turn, sides = self._once(self._eigen)
         mean = self.mean + up @ (down.T @ self.mean) + bias
+        rank = up.shape[1]
+        turned = np.vstack([up.T, down.T, mean]) @ turn
+        turned_up, turned_down, turned_mean = turned[:rank], turned[rank : 2 * rank], turned[2 * rank :]
+        core = np.zeros((2 * rank + 2, 2 * rank + 2) if self._dual else (2 * rank + 1, 2 * rank + 1))
+        share = None
+        core[:rank, rank : 2 * rank] = core[rank : 2 * rank, :rank] = np.eye(rank)
         if self._dual:
-            changed = self._centred @ down
-            mapped_mean = self._centred @ mean + changed @ (up.T @ mean)
-            update = np.column_stack([self._centred @ up, changed, np.ones(self.rows), mapped_mean])
-            core = block_diag(np.block([[none, eye], [eye, up.T @ up]]), [[mean @ mean, 1.0], [1.0, 0.0]])
-            sides = vectors.T @ np.column_stack([self._targets, update])
+            core[rank : 2 * rank, rank : 2 * rank] = up.T @ up
+            core[2 * rank :, 2 * rank :] = [[mean @ mean, 1.0], [1.0, 0.0]]
+            mapped_mean = turned_mean + (mean @ up) @ turned_down
+            sides = np.vstack([sides[:-1], turned_up, turned_down, sides[-1], mapped_mean])
         else:
-            rotated = vectors.T @ np.column_stack([up, down, mean, self._moments])
-            rank = up.shape[1]
-            turned_up, turned_down = rotated[:, :rank], rotated[:, rank : 2 * rank]
-            turned_mean, moments = rotated[:, 2 * rank : 2 * rank + 1], rotated[:, 2 * rank + 1 :]
-            scaled = values[:, None] * turned_down
-            columns = moments + turned_up @ (down.T @ self._moments) + turned_mean * self._sums
-            core = block_diag(np.block([[turned_down.T @ scaled, eye], [eye, none]]), [[float(self.rows)]])
-            sides = np.column_stack([columns, turned_up, scaled, turned_mean])
-        return self._maximised(values, None, sides, core)
+            scaled = values * turned_down
+            core[:rank, :rank] = scaled @ turned_down.T
+            core[-1, -1] = self.rows
+            share = np.vstack([down.T @ self._moments, np.zeros((rank, len(sides))), self._sums])
+            sides = np.vstack([sides, turned_up, scaled, turned_mean])
+        return self._maximised(values, None, sides.T, core, share)
 
     def _maximised(
-        self, diagonal: np.ndarray, beside: np.ndarray | None, sides: np.ndarray, core: np.ndarray
+        self,
+        diagonal: np.ndarray,
+        beside: np.ndarray | None,
+        sides: np.ndarray,
+        core: np.ndarray,
+        share: np.ndarray | None,
     ) -> Evidence:
         count = self._targets.shape[1]
-        shifted = Shifted(diagonal, beside, sides[:, :count], sides[:, count:], core)
+        shifted = Shifted(diagonal, beside, sides[:, :count], sides[:, count:], core, share)
         return maximised(shifted, self._squares, self.rows, dual=self._dual)
