@@ -11,15 +11,17 @@ import argparse
 import gzip
 import json
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from curves import table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from curves import METHODS, table
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM
 
 from graftlm.evaluation.bits_per_byte import collate, windows
 from graftlm.folder import load
@@ -29,12 +31,12 @@ from graftlm.run import run_recipe
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 LANGUAGES = {"dan": "adl_dan", "fra": "eltec_fra"}
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of adapters
-FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES, SETTINGS = (3e-3, 1e-2), 10  # ours: rates × alphas; as many rates for every other method
+ADAPTER_RATES, FULL_RATES = (1e-3, 3e-2), (1e-4, 3e-3)  # from, to
 ALPHAS = (0.01, 0.1, 1.0, 10.0, 30.0)
 VANILLA = "adapter={method: neutral_residues, gate: none, penalty_weight: 0, initialisation: he}"
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
-WIDTH, LAYERS, HEADS, VOCABULARY, LENGTH = 256, 6, 4, 8192, 256
+MINUTES, LENGTH = 30, 256
 
 
 def read(path: Path) -> list[dict]:
@@ -49,71 +51,36 @@ def write(name: str, texts: list[str]) -> None:
 
 
 def text_of(data: Path) -> None:
-    """Splits: the backbone's own domain is the English part of all sets; the replay is novels alone, a proxy of it."""
+    """Splits: the backbone's own domain is all English but the wiki set; the replay is novels alone, a proxy of it."""
     rng = random.Random(0)
     novels = [row["text"] for row in read(data / "raw_text/eltec_eng/train.jsonl.gz")]
-    rest: list[str] = []
+    found: list[str] = []
     for path in sorted((data / "parallel_text").rglob("*.jsonl.gz")):
-        rest += [row["eng"] for row in read(path) if row.get("split", "train") == "train" and row.get("eng")]
-    rest = sorted({text for text in rest if len(text) > 40})
+        found += [row["eng"] for row in read(path) if row.get("split", "train") == "train" and row.get("eng")]
+    for path in sorted((data / "classification_en").glob("*/train.jsonl.gz")):
+        found += [text for row in read(path) for text in (row["text"], row.get("text_b")) if text]
+    rest = sorted({text for text in found if len(text) > 40})
     rng.shuffle(rest)
-    own_test, rest = rest[:1500], rest[1500:]
-    write("pretrain", novels + rest)
-    write("replay.eng", novels)
-    write("test.eng", own_test)  # of the model's own domain, and in no replay
-    write("test.wiki", [row["text"] for row in read(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:500])
+    write("test.eng", rest[:400])  # of the model's own domain, and in no replay
+    write("dev.eng", rest[400:500])
+    write("pretrain", novels + rest[500:])
+    write("replay.eng", rng.sample(novels, 300))
+    write("test.wiki", [row["text"] for row in read(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:60])
     for language, name in LANGUAGES.items():
-        for split in ("train", "test"):
-            write(f"{split}.{language}", [row["text"] for row in read(data / f"raw_text/{name}/{split}.jsonl.gz")])
+        for split, count in (("train", 500), ("test", 40)):
+            texts = [row["text"] for row in read(data / f"raw_text/{name}/{split}.jsonl.gz")]
+            write(f"{split}.{language}", rng.sample(texts, count))
 
 
 def pretrain() -> None:
-    """The backbone: a decoder of Llama's kind on the English text, three epochs."""
-    lines = (WORK / "text/pretrain.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet),
+    """The backbone: as the starter decoder is made, on all English."""
+    texts, held_out = WORK / "text/pretrain.jsonl", WORK / "text/dev.eng.jsonl"
+    script = HERE.parent / "starter_decoder/pretrain.py"
+    folders = ["--work", str(WORK / "pretraining"), "--export", str(WORK / "backbone.part"), "--minutes", str(MINUTES)]
+    subprocess.run(
+        [sys.executable, str(script), "--texts", str(texts), "--held-out", str(held_out), *folders], check=True
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    ids = [token for text in texts for token in [0, *tokenizer(text)["input_ids"]]]
-    rows = [{"input_ids": ids[at : at + LENGTH], "labels": ids[at : at + LENGTH]} for at in range(0, len(ids), LENGTH)]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=704,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-    arguments = TrainingArguments(
-        output_dir=str(WORK / "pretraining"),
-        num_train_epochs=3,
-        per_device_train_batch_size=32,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.02,
-        bf16=True,
-        save_steps=500,
-        save_total_limit=1,
-        report_to="none",
-    )
-    last = sorted((WORK / "pretraining").glob("checkpoint-*"))
-    Trainer(model, arguments, train_dataset=rows[:-1]).train(resume_from_checkpoint=bool(last))
-    model.save_pretrained(WORK / "backbone")
-    tokenizer.save_pretrained(WORK / "backbone")
+    (WORK / "backbone.part").rename(WORK / "backbone")
 
 
 def lora_rank() -> int:
@@ -130,8 +97,7 @@ def arms() -> dict[str, list[tuple[str, str]]]:
     targets = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
     rank = lora_rank()
     lora = f"adapter={{method: lora, r: {rank}, alpha: {2 * rank}, target_modules: {targets}}}"
-    finer = np.geomspace(RATES[0], RATES[-1], len(RATES) * len(ALPHAS)).tolist()
-    full = np.geomspace(FULL_RATES[0], FULL_RATES[-1], len(RATES) * len(ALPHAS)).tolist()
+    finer, full = (np.geomspace(*ends, SETTINGS).tolist() for ends in (ADAPTER_RATES, FULL_RATES))
     return {
         "neutral": [
             (f"lr {lr:g}, alpha {alpha:g}", f"adapter.penalty_weight={alpha} training.learning_rate={lr}")
@@ -170,7 +136,7 @@ def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[tuple[str, str
                 yield from ((method, label, overrides, seed) for label, overrides in settings if label in keep)
 
 
-def run(stage: str, path: Path, languages: list[str]) -> None:
+def run(stage: str, path: Path, languages: list[str], methods: list[str], limit: int | None) -> None:
     base = LlamaForCausalLM.from_pretrained(WORK / "backbone").eval()
     lines = (WORK / "text/test.eng.jsonl").read_text(encoding="utf-8").splitlines()
     own = [json.loads(line)["text"] for line in lines][:300]
@@ -178,8 +144,11 @@ def run(stage: str, path: Path, languages: list[str]) -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         done = {(row["stage"], row["language"], row["method"], row["setting"], row["seed"]) for row in rows}
         for method, label, overrides, seed in jobs(stage, language, rows):
-            if (stage, language, method, label, seed) in done:
+            if method not in methods or (stage, language, method, label, seed) in done:
                 continue
+            if limit is not None and limit <= 0:
+                return
+            limit = None if limit is None else limit - 1
             name = f"{stage}-{language}-{method}-{label}-{seed}".replace(" ", "").replace(",", "-")
             split = overrides.split("|") if "|" in overrides else overrides.split()
             tests = f"{{{language}: work/text/test.{language}.jsonl, eng: work/text/test.eng.jsonl, "
@@ -195,12 +164,14 @@ def run(stage: str, path: Path, languages: list[str]) -> None:
                     *split,
                 ],
             )
-            result = run_recipe(recipe)
+            began = time.process_time()
+            result = run_recipe(recipe, progress=False)
             model, tokenizer = load(recipe.folder, tokenizer=True)
             changes = {score.language: score.change.value for score in result.scores}
             row = {"stage": stage, "language": language, "method": method, "setting": label, "seed": seed}
             row |= {"learned": changes[language], "forgot": -changes["eng"], "forgot_wiki": -changes["eng-wiki"]}
             row |= {"kl": divergence(model, base, tokenizer, own), "trainable": result.cost.trainable_parameters}
+            row["processor_seconds"] = round(time.process_time() - began, 1)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
@@ -211,6 +182,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--stages", nargs="+", choices=["text", "pretrain", "sweep", "seeds"], default=[])
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--limit", type=int, help="so many runs at most")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
@@ -221,7 +194,7 @@ def main() -> None:
             if not (WORK / "backbone" / "config.json").is_file():
                 pretrain()
         else:
-            run(stage, chosen.rows, chosen.languages)
+            run(stage, chosen.rows, chosen.languages, chosen.methods, chosen.limit)
     if chosen.table:
         rows = [json.loads(line) for line in chosen.rows.read_text(encoding="utf-8").splitlines()]
         print(table(rows))

@@ -11,7 +11,6 @@ in WORK.
 
 import argparse
 import json
-import math
 import os
 import pickle
 import random
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from corpus import RELATED, read_rows, select_corpus
+from optimizer import Optimizer, schedule
 from student import TEACHER_WIDTH, Teacher, build_student, export
 from tokenizer import MAX_LENGTH, check_tokenizer, train_tokenizer
 from torch import nn
@@ -39,7 +39,6 @@ PAIRS_A_ROUND, ENGLISH_A_ROUND, SALADS_A_ROUND = 8000, 4000, 4000
 SALADS = 100_000
 WORD_STEPS, WORD_BATCHES, WORD_RATE = 1200, 8, 5e-3
 JOINED, ENGLISH_TOO, RELATED_KEPT = 0.15, 0.4, 0.5
-WARM_UP = 0.04
 CHECKPOINT_SECONDS = 180
 
 
@@ -241,55 +240,6 @@ def learn_words(model: nn.ModuleDict, material: Material, arguments: argparse.Na
     return model.state_dict()
 
 
-class Optimizer:
-    """AdamW and Muon (for the layers' matrices) on float32 copies of bf16 weights."""
-
-    def __init__(self, model: nn.Module, rate: float, muon: bool) -> None:
-        self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.copies = [parameter.detach().float().clone() for parameter in self.weights]
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        matrix = [
-            muon and "encoder.layer" in name and copy.ndim == 2 for name, copy in zip(names, self.copies, strict=True)
-        ]
-        rest = [copy for copy, is_matrix in zip(self.copies, matrix, strict=True) if not is_matrix]
-        self.parts = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)]
-        if muon:
-            matrices = [copy for copy, is_matrix in zip(self.copies, matrix, strict=True) if is_matrix]
-            for half in (matrices[::2], matrices[1::2]):
-                self.parts.append(torch.optim.Muon(half, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
-        self.rate = rate
-
-    @torch.no_grad()
-    def step(self, gradients: list[tuple[torch.Tensor, ...]], factor: float, pool: ThreadPoolExecutor) -> None:
-        for copy, *parts in zip(self.copies, *gradients, strict=True):
-            copy.grad = sum(part.float() for part in parts) / len(parts)
-        nn.utils.clip_grad_norm_(self.copies, 1.0)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.rate * factor
-        list(pool.map(lambda part: part.step(), reversed(self.parts)))
-        torch._foreach_copy_(self.weights, self.copies)
-
-    def state_dict(self) -> dict:
-        return {"copies": self.copies, "parts": [part.state_dict() for part in self.parts]}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        torch._foreach_copy_(self.copies, state["copies"])
-        torch._foreach_copy_(self.weights, self.copies)
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-
-
-def schedule(progress: float) -> float:
-    """Linear warm-up, then a cosine to zero; `progress` is the share of the training time that has passed."""
-    return (
-        progress / WARM_UP
-        if progress < WARM_UP
-        else 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-    )
-
-
 @torch.no_grad()
 def probe(model: nn.ModuleDict, material: Material, data: Path) -> dict[str, float]:
     """Retrieval accuracy English → X with the pooler's output on the held-out dev pairs of Tatoeba."""
@@ -323,7 +273,7 @@ def train(arguments: argparse.Namespace) -> None:
     model.to(torch.bfloat16)
     torch.set_num_threads(1)  # small matrices: a batch a thread wastes less than two threads on one batch
     rng = random.Random(arguments.seed)
-    optimizer = Optimizer(model, arguments.rate, arguments.muon)
+    optimizer = Optimizer(model, "encoder.layer", arguments.rate, arguments.muon)
     checkpoint, log = arguments.work / "checkpoint.pt", arguments.work / "log.jsonl"
     spent, step, tokens = 0.0, 0, 0
     if checkpoint.exists():
