@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LOR
 from torch import nn
 from transformers import PreTrainedModel
 
-from graftlm import language_adapters
+from graftlm import language_adapters, source_encoder
 from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.adapters.flare import FlareConfig
 from graftlm.adapters.neutral_config import NeutralResiduesConfig
@@ -113,7 +113,7 @@ def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: 
 
 
 def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
-    chosen = recipe.adapter
+    chosen, encoder = recipe.adapter, source_encoder.load_encoder(recipe)
     config = FlareConfig(
         task_type=task.peft_type,
         r=chosen.r,
@@ -123,9 +123,12 @@ def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple
         fusion=chosen.fusion,
         source_layer=chosen.source_layer,
         align=chosen.align,
+        encoder_width=encoder.width if encoder else None,
         modules_to_save=list(fresh) or None,
     )
     adapted = peft.get_peft_model(model, config)
+    if encoder:
+        encoder.attach(adapted)
     return Loaded(adapted, fresh, tuple(sorted(adapted.peft_config["default"].target_modules)))
 
 

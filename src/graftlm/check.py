@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftlm.adapters.flare_source import places_of
 from graftlm.data import Split
 from graftlm.measure.likelihood import IGNORED
 from graftlm.neutral_run import PenaltySize, penalty_size
@@ -65,6 +66,7 @@ class Check:
             What activations need comes on top and depends on the length of the texts.
         size: of neutral residues: hidden units of a block, added parameters and what they are a share of; else None.
         penalty: of neutral residues: the penalty beside the loss; None without one.
+        source_cache_bytes: of FLARE with a source cache: what it will take on disk. The step above is one without it.
     """
 
     recipe: str
@@ -84,6 +86,7 @@ class Check:
     memory: dict[str, float]
     size: dict[str, Any] | None = None
     penalty: PenaltySize | None = None
+    source_cache_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -96,8 +99,9 @@ def check(recipe: Recipe) -> Check:
     Raises:
         GraftError: whatever would stop the run.
     """
+    bare = recipe.changed("adapter.source_cache=false") if recipe.adapter.source_cache else recipe
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(recipe, Path(folder), progress=False)
+        prepared = prepare(bare, Path(folder), progress=False)
         loss, seconds = _one_step(prepared)
         penalty = penalty_size(prepared.trainer, recipe)
     model: Any = prepared.loaded.model
@@ -129,13 +133,28 @@ def check(recipe: Recipe) -> Check:
         memory=_memory(model),
         size=model.active_peft_config.size if recipe.adapter.method == "neutral_residues" else None,
         penalty=penalty,
+        source_cache_bytes=_source_cache_bytes(recipe, prepared) if recipe.adapter.source_cache else None,
     )
 
 
+def _source_cache_bytes(recipe: Recipe, prepared: Prepared) -> int:
+    encoder = prepared.task.source_encoder
+    model: Any = prepared.loaded.model
+    numbers = encoder.width if encoder else (len(places_of(model.get_base_model())) + 1) * model.config.hidden_size
+    pairs = [(prepared.splits.train, prepared.train), (prepared.splits.dev, prepared.dev)]
+    lengths = {
+        text: len(ids)
+        for split, encoded in pairs
+        if split is not None and encoded is not None
+        for text, ids in zip(split.sources or (), encoded.features["source_input_ids"], strict=True)
+    }
+    return sum(lengths.values()) * numbers * (4 if recipe.training.precision == "float32" else 2)
+
+
 def _example(prepared: Prepared) -> str:
-    first = prepared.train.features[0]
-    texts = [first[key] for key in ("input_ids", "source_input_ids") if key in first]
-    return "  |  ".join(map(prepared.tokenizer.decode, texts))
+    first, own, encoder = prepared.train.features[0], prepared.tokenizer, prepared.task.source_encoder
+    readers = {"input_ids": own, "source_input_ids": encoder.tokenizer if encoder else own}
+    return "  |  ".join(reader.decode(first[key]) for key, reader in readers.items() if key in first)
 
 
 def _label(prepared: Prepared) -> Any:

@@ -172,6 +172,8 @@ def _show_check(found: "Check") -> None:
         f"{memory['optimizer_mb']:.1f} MB optimizer (estimate; activations come on top)",
         highlight=False,
     )
+    if found.source_cache_bytes is not None:
+        out.print(f"source:    {found.source_cache_bytes / 1e6:.1f} MB on disk; the step above is one without it")
     if penalty := found.penalty:
         term = f"{penalty.weight * penalty.term:.3g} ({penalty.weight:g} · {penalty.term:.3g})"
         ratio = f"gradient {penalty.gradients:.2g} of the loss's"

@@ -42,7 +42,8 @@ class Split:
         labels: names (classification), lists of names (multi_label, token_classification), numbers (regression),
             Answers (question_answering) or UTF-8 bytes (language modelling).
         names: label names in the order that the data set declares, where it does.
-        sources: the source-language version of each item, one text or the two of a pair, for FLARE.
+        sources: what FLARE fuses each item with, one text or the two of a pair.
+        source_language: as a tokenizer that marks languages marks them.
     """
 
     origin: str
@@ -52,6 +53,7 @@ class Split:
     labels: list[Any]
     names: tuple[str, ...] | None = None
     sources: list[tuple[str, ...]] | None = None
+    source_language: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

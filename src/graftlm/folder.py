@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftlm import language_adapters
+from graftlm import language_adapters, source_encoder
 from graftlm import recipe as recipes
 from graftlm.adapted import Loaded, with_adapter
 from graftlm.architectures import describe
@@ -237,6 +237,8 @@ def load(folder: str | os.PathLike[str], *, tokenizer: bool = False, language: s
             model.resize_token_embeddings(grown, mean_resizing=False)  # the adapter holds the new rows
         if weights.name == ADAPTER:
             model = peft.PeftModel.from_pretrained(model, str(weights), adapter_name=language_adapters.TASK)
+    if encoder := source_encoder.load_encoder(recipe):
+        encoder.attach(model)
     if recipe.adapter.language_adapters:
         language_adapters.add(model, recipe)
         language_adapters.use(model, recipe, language or recipe.source, inference_mode=True)

@@ -25,16 +25,21 @@ def load_pairs(recipe: Recipe, source: Source, role: str, language: str | None =
         language: of a test split.
 
     Returns:
-        With ``fused`` the split and its `sources`; else a split of what is read: the source in place of the target
-        (``source``; ``zero_shot`` in train and dev), both as a pair of texts (``both``), or the target alone.
+        With ``fused`` the split and its `sources`, which are its own texts with an `adapter.source_encoder` and no
+        `data.parallel`; else a split of what is read: the source in place of the target (``source``; ``zero_shot`` in
+        train and dev), both as a pair of texts (``both``), or the target alone.
 
     Raises:
         DataError: an item without a partner, by its id, whatever is read: every arm has the same items; ids that are
             not unique; all that `load_split` raises.
     """
     split, parallel = load_split(recipe, source, role), recipe.data.parallel
+    split = replace(split, source_language=recipe.adapter.source_language or language or recipe.source)
     if parallel is None:
-        return split
+        if recipe.adapter.source_encoder is None:
+            return split
+        columns = [split.texts] if split.texts_b is None else [split.texts, split.texts_b]
+        return replace(split, sources=list(zip(*columns, strict=True)))
     sources = _partners(recipe, parallel, split, source, role, language)
     if parallel.read == "fused":
         return replace(split, sources=sources)

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
+from graftlm import source_encoder
 from graftlm.adapted import Loaded
 from graftlm.adapters.penalty_log import PenaltyLog
 from graftlm.callbacks import StopAndSave, TrainingClock
@@ -35,6 +36,7 @@ from graftlm.yaml_lines import nearest
 CHECKPOINTS = "checkpoints"
 UNFREEZING_LOG = "unfreezing.jsonl"
 DROPOUT = "dropout.json"
+SOURCES = "sources"  # among the checkpoints, and gone with them
 _UNDEFINED = -1e30  # of a dev metric: no worse value exists, and NaN would win every later comparison
 
 # TrainingArguments that have a key of their own in the recipe, or that the run folder depends on
@@ -142,10 +144,17 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         tokenizer, pieces = extend_tokenizer(tokenizer, splits.train.texts, recipe.new_tokens)
     transformers.set_seed(recipe.seed)  # the head's weights are drawn next
     loaded = load_model(recipe, task, tokenizer, pieces)
+    task.source_encoder = source_encoder.encoder_of(loaded.model)
     for split in splits.test.values():
         task.check_split(split, tokenizer, recipe.training)
     dropout = _dropout(recipe, folder, loaded, splits, progress=progress)
-    with arguments.main_process_first(local=False):  # one process writes the cache, the others read it
+    with arguments.main_process_first(local=False):  # one process writes a cache, the others read it
+        if recipe.adapter.source_cache:
+            loaded.model.to(arguments.device)
+            often = [splits.train, *([splits.dev] if splits.dev else [])]
+            task.source_cache = source_encoder.cached(
+                recipe, loaded.model, tokenizer, often, folder / CHECKPOINTS / SOURCES, progress=progress
+            )
         train = task.training(splits.train, tokenizer, recipe, folder / CHECKPOINTS)
         original = None
         if splits.original is not None:

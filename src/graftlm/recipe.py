@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from graftlm import recipe_errors, yaml_lines
-from graftlm.recipe_adapter import Adapter, Count, Language, Part, Positive, Share
+from graftlm.recipe_adapter import Adapter, Count, Language, Part, Positive, Share, relocate
 
 TaskName = Literal[
     "classification",
@@ -308,17 +308,16 @@ class Recipe(Part):
     def relocated(self, folder: Path) -> "Recipe":
         """The same recipe with its relative paths seen from `folder`, so that a copy of it there works too."""
 
-        def move(path: str) -> str:
+        def move(path: str, *, there: bool = False) -> str:
             local = self.path(path)
-            there = local.exists() or ("*" in path and local.parent.is_dir())
+            there = there or local.exists() or ("*" in path and local.parent.is_dir())
             return Path(os.path.relpath(local, folder)).as_posix() if there else path
 
         values = self.values()
         values["model"] = move(self.model) if self.model != "starter" else self.model
         data, dropout = values["data"], values["dropout"] or {"rates": None, "texts": None}
         mixing = values["mixing"] or {"data": None}
-        for tag, place in values["adapter"].get("language_adapters", {}).items():
-            values["adapter"]["language_adapters"][tag] = move(place)
+        relocate(values["adapter"], move)
         if dropout["rates"]:
             dropout["rates"] = move(dropout["rates"])
         places = [(dropout, "texts"), (mixing, "data")]

@@ -1,6 +1,7 @@
 """What a recipe adds to the model, and what every part of a recipe is built on."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -48,7 +49,18 @@ _KEYS = {
         "invertible",
         "language_adapters",
     ),
-    "flare": ("r", "alpha", "dropout", "target_modules", "fusion", "source_layer", "align"),
+    "flare": (
+        "r",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "fusion",
+        "source_layer",
+        "align",
+        "source_encoder",
+        "source_language",
+        "source_cache",
+    ),
     "neutral_residues": (
         "added_parameters",
         "counts",
@@ -89,6 +101,23 @@ class Adapter(Part):
     align: Literal["position", "relative", "pooled", "attention"] | None = Field(
         None, description="flare: the source of a target token; null: position, with cross_attention attention"
     )
+    source_encoder: str | None = Field(
+        None,
+        min_length=1,
+        description="flare: folder or hub id of a frozen encoder that reads the source in the model's place (FLARE "
+        "MT); without data.parallel the target's own text",
+    )
+    source_language: str | None = Field(
+        None,
+        min_length=1,
+        description="flare: how source_encoder's tokenizer marks the source's language, such as eng_Latn; null: as the "
+        "recipe's tag of the text, where it marks languages",
+    )
+    source_cache: bool | Annotated[str, Field(min_length=1)] = Field(
+        False,
+        description="flare: compute the source of train and dev once, on disk; true: until the run is finished; or a "
+        "folder that runs share",
+    )
     added_parameters: Positive = Field(
         0.2, description="neutral_residues: their size as a share of the model's weights"
     )
@@ -127,4 +156,16 @@ class Adapter(Part):
             )
         if {"reduction_factor", "bottleneck_size"} <= self.model_fields_set and self.bottleneck_size is not None:
             raise ValueError("reduction_factor and bottleneck_size say the same twice; delete one of them")
+        if self.source_language is not None and self.source_encoder is None:
+            raise ValueError("source_language: the model's own tokenizer marks none; it goes with source_encoder")
         return self
+
+
+def relocate(values: dict[str, Any], move: Callable[..., str]) -> None:
+    """Hands every path among an adapter's plain values to `move`."""
+    for tag, place in values.get("language_adapters", {}).items():
+        values["language_adapters"][tag] = move(place)
+    if values.get("source_encoder"):
+        values["source_encoder"] = move(values["source_encoder"])
+    if isinstance(cache := values.get("source_cache"), str):
+        values["source_cache"] = move(cache, there=True)  # or it will be

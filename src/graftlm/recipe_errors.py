@@ -102,8 +102,13 @@ def refuse_lone_parallel(recipe: Any) -> None:
     """Raises where `data.parallel` and the keys that it goes with do not fit each other."""
     data, parallel, method = recipe.data, recipe.data.parallel, recipe.adapter.method
     if parallel is None:
-        if method == "flare":
-            raise ValueError("adapter: {method: flare} fuses two texts; data.parallel says where the second one is")
+        if method == "flare" and recipe.adapter.source_encoder is None:
+            raise ValueError(
+                "adapter: {method: flare} fuses two texts; data.parallel says where the second one is, or "
+                "adapter.source_encoder which encoder reads the first one too (FLARE MT)"
+            )
+        if method == "flare" and recipe.task not in WHOLE_TEXT:
+            raise ValueError(f"task: {recipe.task} does not go with adapter.source_encoder; {', '.join(WHOLE_TEXT)} do")
         return
     if (method == "flare") != (parallel.read == "fused"):
         raise ValueError(

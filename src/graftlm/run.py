@@ -45,6 +45,7 @@ from graftlm.scoring import (
     rows_of,
     scores_of,
 )
+from graftlm.source_encoder import encoder_of
 from graftlm.tasks import task_for
 
 WRITTEN, LOG = "recipe.yaml", "log.jsonl"
@@ -127,6 +128,7 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
     recipe = recipes.load_recipe(folder / RESOLVED)
     train = read_split(recipe, recipe.data.train, "train")
     task = task_for(recipe, train)
+    task.source_encoder = encoder_of(model)
     here = recipe if tests is None else recipe.relocated(Path())  # given paths start from the working folder
     sources = recipe.data.test if tests is None else {tag: Source(path=path) for tag, path in tests.items()}
     splits = {language: read_split(here, source, "test", language) for language, source in sources.items()}
@@ -236,7 +238,7 @@ def _json_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
-    recipe, trainer = prepared.recipe, prepared.trainer
+    recipe, trainer, cache = prepared.recipe, prepared.trainer, prepared.task.source_cache
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     return Result(
         name=recipe.name,
@@ -252,6 +254,8 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
         cost=Cost(
             train_seconds=prepared.clock.seconds,
             trace_seconds=prepared.schedule.trace_seconds if prepared.schedule else None,
+            source_cache_seconds=cache.seconds if cache else None,
+            source_cache_bytes=cache.bytes if cache else None,
             evaluation_seconds=seconds,
             steps=trainer.state.global_step,
             trainable_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),

@@ -9,10 +9,14 @@ import datasets
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from graftlm.adapters.flare_cache import SourceCache
+from graftlm.adapters.flare_encode import EncoderStates, has_marks, marked
 from graftlm.data import Labels, Split
 from graftlm.raw_text import Counts
 from graftlm.recipe import Recipe, Training
 
+_SOURCE = "source_"  # of the columns that FLARE fuses
+_TEXTS = f"{_SOURCE}texts"  # to be found in the cache
 _CHUNK = 1000  # items tokenised at once, so that a large set needs no second copy in Python objects
 
 
@@ -55,6 +59,8 @@ class Task:
     peft_type: ClassVar[str | None]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     logits: ClassVar[int] = 1  # how many of the model's outputs are predictions
+    source_encoder: EncoderStates | None = None  # of FLARE MT: its tokenizer takes a split's `sources`
+    source_cache: SourceCache | None = None  # that FLARE reads in place of them, for splits that it holds
 
     def __init__(self, name: str, labels: Labels):
         self.name, self.labels = name, labels
@@ -68,6 +74,7 @@ class Task:
 
     def check_split(self, split: Split, tokenizer: PreTrainedTokenizerBase, training: Training) -> None:
         """Raises before the training where this split could not be scored after it."""
+        self._reader(split, tokenizer)
 
     def check_fresh(self, fresh: tuple[str, ...], where: str) -> None:
         """Raises where the task cannot begin with these modules random."""
@@ -94,9 +101,10 @@ class Task:
         cut: set[int] = set()
         tokens = unknown = 0
         marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        is_cached = self._is_cached(split)
         for start in range(0, len(split), _CHUNK):
             stop = min(start + _CHUNK, len(split))
-            sources = _sources(split, range(start, stop), tokenizer, training)
+            sources = self._sources(split, range(start, stop), tokenizer, training, is_cached=is_cached)
             for owner, row, place, truncated in self._rows(split, range(start, stop), tokenizer, training):
                 for key, value in (row | (sources[owner - start] if sources else {})).items():
                     columns.setdefault(key, []).append(value)
@@ -115,7 +123,36 @@ class Task:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a padded batch of features."""
-        return _Padded(transformers.DataCollatorWithPadding(tokenizer))
+        theirs = self.source_encoder.tokenizer if self.source_encoder else tokenizer
+        pad = transformers.DataCollatorWithPadding
+        return _Padded(pad(tokenizer), pad(theirs), self.source_cache)
+
+    def _is_cached(self, split: Split) -> bool:
+        cache, encoder = self.source_cache, self.source_encoder
+        if cache is None or split.sources is None:
+            return False
+        same_marks = encoder is None or encoder.language in (None, split.source_language)
+        return same_marks and all(texts in cache for texts in split.sources)
+
+    def _sources(
+        self, split: Split, items: range, tokenizer: Any, training: Training, *, is_cached: bool
+    ) -> list[dict] | None:
+        """What FLARE fuses each item with: its arguments, or the texts that the cache holds."""
+        if split.sources is None:
+            return None
+        chosen = split.sources[items.start : items.stop]
+        if is_cached:
+            return [{_TEXTS: list(texts)} for texts in chosen]
+        columns = (list(column) for column in zip(*chosen, strict=True))
+        encoded = self._reader(split, tokenizer)(*columns, truncation=True, max_length=training.max_length)
+        return [{f"{_SOURCE}{key}": encoded[key][index] for key in encoded} for index in range(len(items))]
+
+    def _reader(self, split: Split, tokenizer: Any) -> Any:
+        """The tokenizer of a split's `sources`."""
+        if self.source_encoder is None:
+            return tokenizer
+        theirs = self.source_encoder.tokenizer
+        return marked(theirs, split.source_language if has_marks(theirs) else None)
 
     def decode(self, outputs: Any, encoded: Encoded, split: Split) -> list[Prediction]:
         """One prediction an item, from the outputs of all rows (arrays with one row each)."""
@@ -130,28 +167,21 @@ class Task:
         return label
 
 
-_SOURCE = "source_"
-
-
-def _sources(split: Split, items: range, tokenizer: PreTrainedTokenizerBase, training: Training) -> list[dict] | None:
-    """The source-language versions as FLARE's arguments, one an item."""
-    if split.sources is None:
-        return None
-    columns = zip(*split.sources[items.start : items.stop], strict=True)
-    encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=training.max_length)
-    return [{f"{_SOURCE}{key}": encoded[key][index] for key in encoded} for index in range(len(items))]
-
-
 @dataclass(frozen=True)
 class _Padded:
-    """Pads the source-language versions as texts of their own, where the features have any."""
+    """Pads what FLARE fuses as texts of their own, where the features have any."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    sources: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    cache: SourceCache | None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         own = [{key: value for key, value in row.items() if not key.startswith(_SOURCE)} for row in rows]
         batch = dict(self.collator(own))
-        if own[0].keys() != rows[0].keys():
-            sources = [{key.removeprefix(_SOURCE): row[key] for key in row.keys() - own[0].keys()} for row in rows]
-            batch |= {f"{_SOURCE}{key}": value for key, value in self.collator(sources).items()}
+        if self.cache is not None and _TEXTS in rows[0]:
+            states, mask = self.cache([tuple(row[_TEXTS]) for row in rows])
+            batch |= {f"{_SOURCE}states": states, f"{_SOURCE}attention_mask": mask}
+        elif own[0].keys() != rows[0].keys():
+            theirs = [{key.removeprefix(_SOURCE): row[key] for key in row.keys() - own[0].keys()} for row in rows]
+            batch |= {f"{_SOURCE}{key}": value for key, value in self.sources(theirs).items()}
         return batch

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from graftlm.adapters.flare_encode import Encode
+from graftlm.adapters.flare_encode import Encode, Text, parts
 from graftlm.errors import DataError
 
-_STATES, _INDEX, _HEAD, _VERSION = "states.bin", "index.safetensors", "cache.json", 1
+_STATES, _INDEX, _HEAD, _VERSION = "states.bin", "index.safetensors", "cache.json", 2
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -53,6 +55,7 @@ class SourceCache:
         if head["version"] != _VERSION:
             raise DataError("a source cache of another version", found=head["version"], allowed=[_VERSION])
         self.layers, self.width, self.made_by = head["layers"], head["width"], head["fingerprint"]
+        self.seconds: float = head["seconds"]  # that computing it took
         index = load_file(self.folder / _INDEX)
         lengths = index["lengths"].tolist()
         self._rows: dict[bytes, tuple[int, int]] = {}
@@ -89,10 +92,10 @@ class SourceCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, text: str) -> bool:
+    def __contains__(self, text: Text) -> bool:
         return _digest(text) in self._rows
 
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def __call__(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """States, (batch, layers, length, width), padded on the right, and the mask of tokens, (batch, length)."""
         found = []
         for text in texts:
@@ -116,7 +119,7 @@ class SourceCache:
         cls,
         folder: str | os.PathLike[str],
         encode: Encode,
-        texts: Iterable[str],
+        texts: Iterable[Text],
         *,
         batch_size: int = 32,
         dtype: str = "float32",
@@ -127,7 +130,7 @@ class SourceCache:
         Args:
             folder: a new one, or that of a cache made by the same model with the same settings, which is handed back.
             encode: a `graftlm.ModelStates` or `graftlm.EncoderStates`.
-            texts: the source texts of a training set; each different one is computed once.
+            texts: the source texts of a training set, or pairs of texts; each different one is computed once.
             batch_size: texts a forward pass.
             dtype: float32, float16 or bfloat16, of the numbers on disk.
             progress: whether a bar is shown.
@@ -142,13 +145,37 @@ class SourceCache:
         if not unique:
             raise DataError("there is no text for a source cache", found=folder)
         if folder.exists() and any(folder.iterdir()):
-            return cls._fitting(folder, encode, unique)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        lengths, layers, width = [], 0, 0
-        order = sorted(unique, key=len, reverse=True)  # little padding, and what does not fit into memory fails first
-        with (partial / _STATES).open("wb") as file:
+            return cls._fitting(folder, encode, unique, dtype)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            cls._write(partial, encode, unique, batch_size, dtype, progress)
+            partial.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache
+            os.replace(partial, folder)
+        except OSError:
+            if not (folder / _HEAD).is_file():
+                raise
+            return cls._fitting(folder, encode, unique, dtype)  # another process was faster
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return cls(folder)
+
+    @classmethod
+    def key(cls, encode: Encode, texts: Iterable[Text], dtype: str = "float32") -> str:
+        """A name for the cache of these texts by this model: another one for other texts, weights or settings."""
+        found = hashlib.blake2b(f"{_VERSION} {dtype} {encode.fingerprint()}".encode(), digest_size=16)
+        for digest in sorted({_digest(text) for text in texts}):
+            found.update(digest)
+        return found.hexdigest()
+
+    @staticmethod
+    def _write(
+        folder: Path, encode: Encode, unique: Sequence[Text], batch_size: int, dtype: str, progress: bool
+    ) -> None:
+        lengths, layers, width, began = [], 0, 0, time.perf_counter()
+        # little padding, and what does not fit into memory fails first
+        order = sorted(unique, key=lambda text: sum(map(len, parts(text))), reverse=True)
+        with (folder / _STATES).open("wb") as file:
             for start in tqdm(range(0, len(order), batch_size), disable=not progress, desc="source"):
                 states, mask = encode(order[start : start + batch_size])
                 layers, width = states.shape[1], states.shape[3]
@@ -157,26 +184,26 @@ class SourceCache:
                     lengths.append(kept.shape[1])
                     file.write(kept.view(-1).view(torch.uint8).numpy().data)
         digests = torch.frombuffer(bytearray(b"".join(map(_digest, order))), dtype=torch.uint8).view(len(order), -1)
-        save_file({"digests": digests, "lengths": torch.tensor(lengths)}, partial / _INDEX)
+        save_file({"digests": digests, "lengths": torch.tensor(lengths)}, folder / _INDEX)
         head = {
             "version": _VERSION,
             "layers": layers,
             "width": width,
             "dtype": dtype,
             "fingerprint": encode.fingerprint(),
+            "seconds": time.perf_counter() - began,
         }
-        (partial / _HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-        return cls(folder)
+        (folder / _HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def _fitting(cls, folder: Path, encode: Encode, texts: Sequence[str]) -> SourceCache:
+    def _fitting(cls, folder: Path, encode: Encode, texts: Sequence[Text], dtype: str) -> SourceCache:
         cache = cls(folder)
+        if cache._states.dtype != _DTYPES[dtype]:
+            found = str(cache._states.dtype).removeprefix("torch.")
+            raise DataError("The source cache holds other numbers.", found=found, allowed=[dtype], fix="another folder")
         if cache.made_by != encode.fingerprint():
             raise DataError(
-                "The source cache was made by another model, or with another max_length or language.",
+                "The source cache was made by another model or tokenizer, or with another max_length or language.",
                 found=folder,
                 fix="another folder",
             )
@@ -189,5 +216,7 @@ class SourceCache:
         return cache
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _digest(text: Text) -> bytes:
+    first, *more = parts(text)
+    whole = json.dumps([first, *more]) if more else first
+    return hashlib.blake2b(whole.encode(), digest_size=16).digest()

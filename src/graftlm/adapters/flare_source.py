@@ -71,6 +71,7 @@ class SourceContext:
         self.current: Source | None = None
         self.prompt: Source | None = None  # while generating
         self.maps: dict[str, nn.Linear] = {}  # adapter → P of FLARE MT
+        self.encoder: Any = None  # an `EncoderStates` of FLARE MT that was attached
         self._reading = False
         self._replaying = False
         self._fused_before = False
@@ -183,13 +184,14 @@ class SourceContext:
         states: Sequence[Tensor]
         if source_input_ids is not None:
             types = {} if source_token_type_ids is None else {"token_type_ids": source_token_type_ids}
-            states = self.states_of(model, input_ids=source_input_ids, attention_mask=mask, **types)
+            tokens = {"input_ids": source_input_ids, "attention_mask": mask, **types}
+            states = self.states_of(model, **tokens) if self.encoder is None else [self.encoder.states(**tokens)]
         else:
             states = given.unbind(1)
-        tokens = mask.bool()
+        there = mask.bool()
         # Padding may hold anything, even NaN where a row has no token at all: none of it may reach a gradient.
-        clean = tuple(state.masked_fill(~tokens.to(state.device)[..., None], 0.0) for state in states)
-        return Source(clean, tokens, target)
+        clean = tuple(state.masked_fill(~there.to(state.device)[..., None], 0.0) for state in states)
+        return Source(clean, there, target)
 
     def backbone(self, model: nn.Module) -> Any:
         """The part of a model that reads the source: without a head, of an encoder-decoder the encoder."""

@@ -195,6 +195,9 @@ def _cost(result: Result) -> list[tuple[str, str, str]]:
     if cost.trace_seconds:
         share = f"{100 * cost.trace_seconds / cost.train_seconds:.1f} % of training" if cost.train_seconds else ""
         rows.append(("of it for Fisher traces", " ".join(_seconds(cost.trace_seconds)), share))
+    if cost.source_cache_seconds is not None:
+        size = f"{(cost.source_cache_bytes or 0) / 1e6:.1f} MB on disk"
+        rows.append(("source cache, before training", " ".join(_seconds(cost.source_cache_seconds)), size))
     if cost.evaluation_seconds is not None:
         rows.append(("evaluation", " ".join(_seconds(cost.evaluation_seconds)), ""))
     trainable = (

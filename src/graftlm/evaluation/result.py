@@ -55,6 +55,10 @@ class Cost(Record):
     train_seconds: Number = Field(ge=0, description="wall-clock seconds of training, `trace_seconds` included")
     trace_seconds: Number = Field(None, ge=0, description="seconds of it spent on Fisher traces; null: none measured")
     evaluation_seconds: Number = Field(None, ge=0, description="seconds of scoring after training")
+    source_cache_seconds: Number = Field(
+        None, ge=0, description="seconds before training in which FLARE's source was computed; null: no cache"
+    )
+    source_cache_bytes: int | None = Field(None, ge=0, description="what that took on disk")
     steps: int = Field(ge=0, description="optimizer steps")
     trainable_parameters: int = Field(ge=0, description="parameters that train at some step, head included")
     total_parameters: int = Field(ge=0, description="all parameters, trainable ones included")

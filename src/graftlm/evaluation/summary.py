@@ -21,6 +21,8 @@ def setup(result: Result, values: Mapping[str, str]) -> str:
         parts.append("full fine-tuning")
     elif method:
         title = _METHODS.get(method, method)
+        if (encoder := values.get("adapter.source_encoder", "null")) != "null":
+            title += f" MT with {encoder}"
         title += " over language adapters" if result.language_adapters else ""
         parts.append(f"{title}, r = {values['adapter.r']}" if "adapter.r" in values else title)
     if schedule := values.get("unfreezing.schedule"):
