@@ -264,18 +264,18 @@ class BottleneckModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, AdapterLayer):
-            target.update_layer(adapter_name, peft_config, self._width)
-            return
-        layer: AdapterLayer
-        if current_key == self._embeddings:
-            layer = invertible.Invertible(target, *self._output)
-        else:
-            place = self._places[current_key]
-            layer = AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
+        layer = target if isinstance(target, AdapterLayer) else self._layer_for(target, current_key)
         layer.update_layer(adapter_name, peft_config, self._width)
-        layer.set_adapter([name for top in self.active_adapters for name in self.stacked(top)])
-        self._replace_module(parent, target_name, layer, target)
+        if layer is not target:
+            layer.set_adapter([name for top in self.active_adapters for name in self.stacked(top)])
+            self._replace_module(parent, target_name, layer, target)
+
+    def _layer_for(self, target: nn.Module, key: str) -> AdapterLayer:
+        """The layer that takes the place of a module of the base model."""
+        if key == self._embeddings:
+            return invertible.Invertible(target, *self._output)
+        place = self._places[key]
+        return AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

@@ -227,28 +227,13 @@ class NeutralResiduesModel(BottleneckModel):
         if domains_of(model) is None:
             Domains().install(model)
 
-    def _create_and_replace(
-        self,
-        peft_config: NeutralResiduesConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, NeutralResidues):
-            target.update_layer(adapter_name, peft_config, self._width)
-            return
-        place, domains = self._places[current_key], domains_of(self.model)
+    def _layer_for(self, target: nn.Module, key: str) -> NeutralResidues:
+        place, domains = self._places[key], domains_of(self.model)
         if domains is None:
             raise ModelError(
                 "the hooks of neutral residues were removed from the model", found=type(self.model).__name__
             )
-        layer = (AddingNeutralResidues if place.adds else NeutralResidues)(place, target, domains)
-        layer.update_layer(adapter_name, peft_config, self._width)
-        layer.set_adapter([name for top in self.active_adapters for name in self.stacked(top)])
-        self._replace_module(parent, target_name, layer, target)
+        return (AddingNeutralResidues if place.adds else NeutralResidues)(place, target, domains)
 
     def unload(self) -> nn.Module:
         """The base model, without blocks and hooks."""
