@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from graftlm.measure.evidence import by_svd
 from graftlm.measure.logme import targets_of
 from graftlm.measure.mapped import MappedEvidence
-from graftlm.sources.rank import in_threads
+from graftlm.sources.scoring import in_threads
 
 SIZES = [(1000, 768, 3), (5000, 768, 3), (1000, 384, 3), (5000, 384, 3), (1000, 768, 77)]
 RANK = 8

@@ -32,6 +32,15 @@ def rank(
     method: Annotated[str, typer.Option(help="esm-logme, or size.")] = "esm-logme",
     precision: Annotated[str, typer.Option(help="float64, or float32: 1.4 to 1.7 times as fast.")] = "float64",
     threads: Annotated[int | None, typer.Option(help="Maps scored at once.  [default: one a core]")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1 …: of the model and the maps.  [default: the model on a GPU if there is one]"
+        ),
+    ] = None,
+    maps_at_once: Annotated[
+        int | None, typer.Option(help="Maps in a batch on a GPU.  [default: by its memory]")
+    ] = None,
     pooling: Annotated[str, typer.Option(help="auto, pooler, cls, mean or last.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Tokens a text.  [default: 128]")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts embedded at once.")] = 32,
@@ -51,7 +60,7 @@ def rank(
         data = data.class_encode_column(label)
     embedding: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "batch_size": batch_size}
     found = rank_source_tasks(
-        _starter(**embedding) if model == "starter" else model,
+        _starter(device=device, **embedding) if model == "starter" else model,
         data,
         text_column=text,
         label_column=label,
@@ -60,6 +69,8 @@ def rank(
         task=task,
         precision=precision,
         threads=threads,
+        device=device,
+        maps_at_once=maps_at_once,
         progress=True,
         **({} if model == "starter" else embedding),
     )

@@ -148,6 +148,8 @@ def test_arguments_that_make_no_sense_are_errors(folder, tmp_path):
             Embedder(model, tokenizer=tiny_tokenizer(), **wrong)
     with pytest.raises(SetupError, match="dtype"):
         Embedder(folder, dtype="int8")
+    with pytest.raises(SetupError, match="no such device"):
+        Embedder(folder, device="cuda:99")
     with pytest.raises(ModelError, match="cannot be loaded"):
         Embedder(tmp_path / "nothing")
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -45,6 +45,19 @@ def test_rank_prints_what_the_function_returns(place):
     assert found.sources[0].name in table.stdout and "2 more" in table.stdout and "not known" in table.stdout
 
 
+def test_maps_are_scored_in_batches_where_that_is_asked_for(place):
+    arguments = ("rank", place / "model", place / "target.jsonl", "--text", "text", "--pool", place / "pool", "--json")
+    plain, batches = run(*arguments), run(*arguments, "--device", "cpu", "--maps-at-once", 3)
+    assert batches.exit_code == 0, batches.output
+    first, second = (
+        [(one["name"], one["score"]) for one in json.loads(done.stdout)["sources"]] for done in (plain, batches)
+    )
+    assert [name for name, _ in first] == [name for name, _ in second]
+    assert [score for _, score in first] == pytest.approx([score for _, score in second], abs=1e-8)
+    refused = run(*arguments, "--device", "cuda:99")
+    assert isinstance(refused.exception, GraftError) and "no such device" in str(refused.exception)
+
+
 def test_labels_that_are_strings_are_numbered_where_asked(place):
     arguments = ("rank", place / "model", place / "named.jsonl", "--text", "text", "--pool", place / "pool", "--json")
     refused = run(*arguments)

@@ -20,12 +20,13 @@ from jaxtyping import Float
 from numpy.polynomial.chebyshev import chebvander
 
 FLOOR, CEILING = 1e-12, 1e5  # of t, in units of the largest eigenvalue of FFᵀ
-_STEP = 1.7  # of the grid in log t, at most: h is made of logistic curves in log t, each about 4 wide
+GRAM_FLOOR = 1e-7  # where FFᵀ or FᵀF was formed: below it, it has lost what the evidence depends on
+STEP = 1.7  # of the grid in log t, at most: h is made of logistic curves in log t, each about 4 wide
 # Between grid points h is interpolated at Chebyshev nodes: its singularities lie at t = −σ, π away in log t, so that
 # twelve nodes over two steps leave 4⁻¹² of it, and only where the peak is depends on that, not its height.
-_NODES = np.cos(np.pi * (np.arange(12) + 0.5) / 12)
-_FINE = np.linspace(-1, 1, 401)
-_INTERPOLATE = chebvander(_FINE, 11) @ np.linalg.inv(chebvander(_NODES, 11))
+NODES = np.cos(np.pi * (np.arange(12) + 0.5) / 12)
+FINE = np.linspace(-1, 1, 401)
+INTERPOLATE = chebvander(FINE, 11) @ np.linalg.inv(chebvander(NODES, 11))
 
 # h and R at many log t: of all columns (None), (points, targets) each; or at each log t of one column, (points, 1)
 Profile = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
@@ -54,7 +55,7 @@ class Evidence:
 def grid_of(lowest: float, largest: float) -> Float[np.ndarray, " points"]:
     """Values of log t, up to the ceiling over the largest eigenvalue."""
     low, high = np.log(lowest), np.log(CEILING * largest)
-    return np.linspace(low, high, 1 + int(np.ceil((high - low) / _STEP)))
+    return np.linspace(low, high, 1 + int(np.ceil((high - low) / STEP)))
 
 
 def climb(
@@ -83,13 +84,13 @@ def climb(
     step = grid[1] - grid[0]
     points, point_of = np.unique(peaks, return_inverse=True)
     centres = grid[1 + points]
-    near, _ = profile((centres[:, None] + step * _NODES).ravel(), None)
-    curves = near.reshape(len(points), len(_NODES), -1)[point_of, :, columns] @ _INTERPOLATE.T
-    tops = np.clip(curves.argmax(axis=1), 1, len(_FINE) - 2)
+    near, _ = profile((centres[:, None] + step * NODES).ravel(), None)
+    curves = near.reshape(len(points), len(NODES), -1)[point_of, :, columns] @ INTERPOLATE.T
+    tops = np.clip(curves.argmax(axis=1), 1, len(FINE) - 2)
     left, centre, right = (curves[np.arange(len(tops)), tops + side] for side in (-1, 0, 1))
     bend = left - 2 * centre + right
     shift = np.divide(0.5 * (left - right), bend, out=np.zeros(len(tops)), where=bend < 0)
-    at = centres[point_of] + step * (_FINE[tops] + np.clip(shift, -1, 1) * (_FINE[1] - _FINE[0]))
+    at = centres[point_of] + step * (FINE[tops] + np.clip(shift, -1, 1) * (FINE[1] - FINE[0]))
     heights, found = profile(at, columns)
     for number in np.argsort(heights[:, 0]):  # the highest last
         if heights[number, 0] > highest[columns[number]]:
@@ -98,7 +99,7 @@ def climb(
     return where, highest, residual
 
 
-def per_row(h: Float[np.ndarray, " targets"], rows: int) -> Float[np.ndarray, " targets"]:
+def per_row(h: Float[np.ndarray, "*maps targets"], rows: int) -> Float[np.ndarray, "*maps targets"]:
     """log p / n from h."""
     return 0.5 * (h / rows + np.log(rows) - 1 - np.log(2 * np.pi))
 

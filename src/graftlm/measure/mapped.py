@@ -18,7 +18,7 @@ _Made = TypeVar("_Made")
 PRECISIONS = ("float64", "float32")
 # Digits that may be lost, in units of the machine epsilon; beyond it the next better form is taken. The error of a
 # score is far below the bound: 1e6 · 2e-16 stands for about 1e-11, 2e4 · 6e-8 for about 1e-5.
-_LIMIT = {"float64": 1e6, "float32": 2e4}
+LIMIT = {"float64": 1e6, "float32": 2e4}
 
 
 class MappedEvidence:
@@ -91,7 +91,7 @@ class MappedEvidence:
         """The evidence of XWᵀ + 1bᵀ."""
         found = self._linear(weight, bias, self.precision)
         if self.precision == "float32":
-            if found.lost <= _LIMIT["float32"]:
+            if found.lost <= LIMIT["float32"]:
                 return found
             self.fallbacks += 1
             found = self._linear(weight, bias, "float64")
@@ -118,7 +118,7 @@ class MappedEvidence:
         return self._centred + self.mean
 
     def _checked(self, found: Evidence, features) -> Evidence:
-        if found.lost <= _LIMIT["float64"]:
+        if found.lost <= LIMIT["float64"]:
             return found
         self.fallbacks += 1
         return by_svd(features(), self._targets)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from graftlm.errors import DataError, ModelError, SetupError
+from graftlm.sources.device import device_of
 
 POOLINGS = ("auto", "pooler", "cls", "mean", "last")
 LENGTH = 128  # tokens, as in the paper
@@ -47,7 +48,7 @@ class Embedder:
 
     Raises:
         ModelError: a model that cannot be loaded, has no such pooling, or fewer positions than max_length.
-        SetupError: arguments that make no sense.
+        SetupError: arguments that make no sense, a device that is not there.
 
     Source: arXiv 2410.15148 and its released code (pooling, 128 tokens, pairs in one string).
 
@@ -63,7 +64,7 @@ class Embedder:
         max_length: int | None = None,
         batch_size: int = 32,
         dtype: str | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         progress: bool = False,
     ):
         if pooling not in POOLINGS:
@@ -186,8 +187,9 @@ class Embedder:
 
 
 def _load(
-    name: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str | None, device: str | None
+    name: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str | None, device: str | torch.device | None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
+    place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = getattr(torch, dtype or "float32", None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise SetupError("no such dtype of weights", found=repr(dtype), allowed=("float32", "bfloat16", "float16"))
@@ -207,7 +209,7 @@ def _load(
     missing = set(info["missing_keys"])
     if broken := sorted(key for key in missing if "pooler" not in key.split(".")):
         raise ModelError("the checkpoint does not hold all weights of the model", found=", ".join(broken[:5]))
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, missing
+    return model.to(place), tokenizer, missing
 
 
 def _core(model: Any) -> Any:

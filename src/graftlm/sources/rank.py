@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from graftlm.errors import DataError, SetupError
-from graftlm.measure.evidence import Evidence
-from graftlm.measure.mapped import MappedEvidence
 from graftlm.sources import baselines
+from graftlm.sources.device import device_of
 from graftlm.sources.embed import Embedder
 from graftlm.sources.esm import EmbeddingSpaceMap
 from graftlm.sources.pool import Skipped, SourcePool, same_model
 from graftlm.sources.result import Ranking, ranked
+from graftlm.sources.scoring import Named, Scorer, scorer_of
 from graftlm.sources.target import Columns, Target, read_target
 
 METHODS = ("esm-logme", *baselines.METHODS)
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 _EXACT = 50  # sources at the top that are scored again in float64
 _MARGIN = 2e-4  # a float32 score may be this far off
 
@@ -46,6 +41,8 @@ def rank_source_tasks(
     task: str | None = None,
     precision: str = "float64",
     threads: int | None = None,
+    device: str | torch.device | None = None,
+    maps_at_once: int | None = None,
     progress: bool = False,
     **embedding: Any,
 ) -> Ranking:
@@ -66,9 +63,13 @@ def rank_source_tasks(
         precision: of esm-logme. ``float32`` is 1.4 to 1.7 times as fast: scores are within 1e-4, and the best 50 are
             scored again in float64.
         threads: of esm-logme: maps that are scored at once; None: one a core.
+        device: where a model that is loaded here goes and where maps are scored: ``cpu``, ``cuda``, ``cuda:1`` … On a
+            GPU they are scored in batches (see `graftlm.measure.batched.BatchedEvidence`). A model in memory and an
+            `Embedder` stay where they are. None: the model on a GPU if there is one, maps on the processor.
+        maps_at_once: of esm-logme: maps in a batch; None: as many as fit into the GPU's free memory, at most 256. On
+            the processor it makes batches too, which are slower there than threads.
         progress: a bar.
-        embedding: arguments of `Embedder`: ``tokenizer``, ``pooling``, ``max_length``, ``batch_size``, ``dtype``,
-            ``device``.
+        embedding: arguments of `Embedder`: ``tokenizer``, ``pooling``, ``max_length``, ``batch_size``, ``dtype``.
 
     Returns:
         The ranking. What could not be scored is named in `Ranking.skipped`, and does not end the others.
@@ -76,7 +77,8 @@ def rank_source_tasks(
     Raises:
         DataError: an empty pool, maps of another base model or width, columns that do not exist, labels that are
             strings or missing, a target with one class; a pool in which nothing can be scored.
-        SetupError: an unknown method or precision, arguments that the method does not take, or lacks.
+        SetupError: an unknown method or precision, a device that is not there, arguments that the method does not take,
+            or lacks.
 
     Source: arXiv 2410.15148, Sections 3 and 4; for the other methods see `graftlm.sources.baselines`.
 
@@ -85,8 +87,11 @@ def rank_source_tasks(
     """
     started = time.perf_counter()
     given = {"pool": pool, "models": models, "sources": sources}
-    _check_method(method, given)
+    _check_method(method, given, {"threads": threads, "maps_at_once": maps_at_once})
+    place = device_of(device) if device is not None else None
     target = read_target(dataset, text_column, label_column, task)
+    if place is not None and (method != "esm-logme" or not isinstance(model, Embedder | nn.Module)):
+        embedding["device"] = place
     if isinstance(model, Embedder) and embedding:
         raise SetupError("an Embedder has its settings already", found=", ".join(embedding))
     if method != "esm-logme":
@@ -104,6 +109,8 @@ def rank_source_tasks(
         model=embedder.name,
         precision=precision,
         threads=threads,
+        device=place,
+        maps_at_once=maps_at_once,
         progress=progress,
         notes=notes,
     )
@@ -118,21 +125,26 @@ def rank_maps(
     model: str = "base",
     precision: str = "float64",
     threads: int | None = None,
+    device: str | torch.device | None = None,
+    maps_at_once: int | None = None,
     progress: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Ranking:
     """ESM-LogME from embeddings that were made before; see `rank_source_tasks`.
 
-    A few maps are in memory at a time, and the work for each does not depend on the number of rows.
+    A few maps are in memory at a time, or two batches of them, and the work for each does not depend on the number of
+    rows.
     """
-    threads = _threads(threads)
     started = time.perf_counter()
+    place = device_of(device) if device is not None else None
+    scorer = scorer_of(features, target.columns, threads=threads, device=place, maps_at_once=maps_at_once)
+    if place is not None and place.type == "mps":
+        notes = (*notes, "maps were scored on the processor, since mps has no float64")
     skipped: list[Skipped] = []
-    base = MappedEvidence(features, target.columns, precision)
     scores: dict[str, tuple[float, float]] = {}
     about: dict[str, tuple[str | None, str | None]] = {}
     total = len(maps) if isinstance(maps, Sized) else None
-    scored = in_threads(lambda one: _score(base, *one), _named(maps, skipped), threads)
+    scored = scorer.scores(_named(maps, skipped), precision)
     with tqdm(scored, total=total, desc="ESM-LogME", unit="map", disable=not progress) as bar:
         for (name, esm), score in bar:
             about[name] = esm.task, esm.details.get("task_subset")
@@ -146,9 +158,8 @@ def rank_maps(
         first = skipped[0].problem.splitlines()[0] if skipped else "no map"
         raise DataError("no source task could be scored", found=f"{len(skipped)} skipped; first: {first}")
     if precision == "float32":
-        notes = (*notes, _rescore(maps, features, target, scores, skipped, threads))
+        notes = (*notes, _rescore(maps, scorer, scores, skipped))
     rows = [(name, score, seconds, *about[name]) for name, (score, seconds) in scores.items()]
-    exact = base if precision == "float64" else MappedEvidence(features, target.columns)
     return Ranking(
         method="esm-logme",
         model=model,
@@ -156,79 +167,24 @@ def rank_maps(
         classes=target.classes,
         sources=ranked(rows),
         skipped=tuple(skipped),
-        without_source=exact.identity().score,
+        without_source=scorer.without_map(),
         seconds=time.perf_counter() - started,
         notes=notes,
     )
 
 
-def evidence_of(base: MappedEvidence, esm: EmbeddingSpaceMap) -> Evidence:
-    """The evidence of the mapped embeddings, in the form that suits the map.
-
-    Raises:
-        DataError: a map of another width.
-    """
-    if esm.width != base.width:
-        raise DataError(f"the map takes embeddings of width {esm.width}", found=f"width {base.width}")
-    if esm.weight is not None:
-        return base.linear(esm.weight, esm.bias)
-    up, down = np.asarray(esm.up), np.asarray(esm.down)
-    return base.low_rank(up, down, esm.bias, identity=esm.identity)
-
-
-def _score(base: MappedEvidence, name: str, esm: EmbeddingSpaceMap) -> tuple[float, float] | Skipped:
-    started = time.perf_counter()
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is named below
-            score = evidence_of(base, esm).score
-    except (DataError, np.linalg.LinAlgError) as error:
-        return Skipped(name, str(error))
-    if not np.isfinite(score):
-        return Skipped(name, f"the score is {score}: the mapped embeddings are too large for the arithmetic")
-    return score, time.perf_counter() - started
-
-
-def in_threads(work: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[tuple[Given, Made]]:
-    """Each item with what is made of it, in order; `threads` at once, and not many more are held in memory.
-
-    With several threads each one has BLAS to itself: its own threads would only get into each other's way.
-    """
-    if threads == 1:
-        yield from ((item, work(item)) for item in items)
-        return
-    waiting: deque[tuple[Given, Future[Made]]] = deque()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > 2 * threads:
-                first, made = waiting.popleft()
-                yield first, made.result()
-        yield from ((item, made.result()) for item, made in waiting)
-
-
-def _threads(asked: Any) -> int:
-    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
-        raise SetupError("threads is a whole number of at least 1", found=repr(asked))
-    if asked:
-        return asked
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _rescore(
     maps: SourcePool | Iterable[EmbeddingSpaceMap],
-    features: np.ndarray,
-    target: Target,
+    scorer: Scorer,
     scores: dict[str, tuple[float, float]],
     skipped: list[Skipped],
-    threads: int,
 ) -> str:
     """Float64 scores for all that may belong to the best 50; what was done, in words."""
     lowest = sorted((score for score, _ in scores.values()), reverse=True)[:_EXACT][-1] - _MARGIN
     chosen = {name for name, (score, _) in scores.items() if score >= lowest}
-    base = MappedEvidence(features, target.columns)
     again = ((name, maps.load(name)) for name in chosen) if isinstance(maps, SourcePool) else _named(maps, [])
     wanted = ((name, esm) for name, esm in again if name in chosen)
-    for (name, _), score in in_threads(lambda one: _score(base, *one), wanted, threads):
+    for (name, _), score in scorer.scores(wanted, "float64"):
         if isinstance(score, Skipped):
             skipped.append(score)
         else:
@@ -236,9 +192,7 @@ def _rescore(
     return f"scores in float32 (within 1e-4), those of the best {len(chosen)} in float64"
 
 
-def _named(
-    maps: SourcePool | Iterable[EmbeddingSpaceMap], skipped: list[Skipped]
-) -> Iterable[tuple[str, EmbeddingSpaceMap]]:
+def _named(maps: SourcePool | Iterable[EmbeddingSpaceMap], skipped: list[Skipped]) -> Iterable[Named]:
     if isinstance(maps, SourcePool):
         return ((entry.name, esm) for entry, esm in maps.maps(skipped))
     named: dict[str, EmbeddingSpaceMap] = {}
@@ -249,12 +203,14 @@ def _named(
     return named.items()
 
 
-def _check_method(method: str, given: Mapping[str, Any]) -> None:
+def _check_method(method: str, given: Mapping[str, Any], of_maps: Mapping[str, Any]) -> None:
     if method not in METHODS:
         raise SetupError("unknown method", found=repr(method), allowed=METHODS)
     takes = ("pool",) if method == "esm-logme" else baselines.TAKES[method]
     if idle := [name for name, value in given.items() if value is not None and name not in takes]:
         raise SetupError(f"{method} does not use {' and '.join(idle)}", allowed=" or ".join(takes))
+    if method != "esm-logme" and (idle := [name for name, value in of_maps.items() if value is not None]):
+        raise SetupError(f"{method} does not use {' and '.join(idle)}", fix="method='esm-logme'")
     if not any(given[name] is not None for name in takes):
         raise SetupError(f"{method} needs {' or '.join(takes)}", fix=f"{takes[0]}=…")
 
