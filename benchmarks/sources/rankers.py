@@ -8,6 +8,7 @@ from tasks import Trainer, read
 
 from graftlm.measure.logme import logme, targets_of
 from graftlm.measure.transferability import cosine, jaccard
+from graftlm.sources.baselines import frozen_transfer
 from graftlm.sources.embed import Embedder
 from graftlm.sources.esm import EmbeddingSpaceMap
 from graftlm.sources.rank import rank_maps
@@ -33,7 +34,7 @@ def score_all(plan: Plan, data: Path, work: Path, target: str, count: int) -> di
             }  # fmt: skip
     own_words = {token for ids in base.token_ids(rows.texts) for token in ids}
     trainer = Trainer(plan.model_folder())
-    for name in ("textemb", "vocabulary overlap", "size", "logme on source models"):
+    for name in ("textemb", "vocabulary overlap", "size", "logme on source models", "frozen transfer"):
         found[name] = {}
     for source in sources:
         texts = np.load(work / "texts" / f"{source}.npz")
@@ -42,6 +43,7 @@ def score_all(plan: Plan, data: Path, work: Path, target: str, count: int) -> di
         found["size"][source] = float(texts["rows"])
         tuned = Embedder(trainer.encoder(work / "lora" / source), tokenizer=trainer.tokenizer, **same)(rows.texts)
         found["logme on source models"][source] = logme(tuned, rows.labels)
+        found["frozen transfer"][source] = frozen_transfer(tuned.astype(float), task)
     return found
 
 
