@@ -1,20 +1,33 @@
 """The MAD-X study's files: its recipes and arms, the folds of the unfreezing study, the tables from rows."""
 
+import gzip
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from graftlm.recipe import differences
 from graftlm.study.plan import load_study
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "bottleneck"
 if not FOLDER.is_dir():  # an installed package without the repository
     pytest.skip("the benchmarks are not in this installation", allow_module_level=True)
 
-spec = importlib.util.spec_from_file_location("bottleneck_study", FOLDER / "run.py")
-study_file = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study_file)
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"bottleneck_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+study_file = script("run")
+
+
+@pytest.fixture(scope="module")
+def exploratory():
+    return script("exploratory")
 
 
 def test_the_arms_differ_in_what_they_are_named_for():
@@ -68,3 +81,25 @@ def test_the_rows_that_are_committed_give_the_tables_of_the_readme():
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for line in study_file.tables(FOLDER).splitlines():
         assert line in readme, "python benchmarks/bottleneck/run.py prints the tables"
+
+
+def test_the_exploratory_rows_give_the_tables_of_the_readme(exploratory):
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for line in exploratory.tables(FOLDER).splitlines():
+        assert line in readme, "python benchmarks/bottleneck/exploratory.py prints the tables"
+
+
+def test_whole_books_of_a_testament_are_held_out_and_nothing_is_lost(exploratory, tmp_path):
+    verses = [("MAT", 1), ("MAT", 1), ("MAT", 2), ("GAL", 1), ("EPH", 1), ("REV", 1)]
+    for tag in exploratory.CODES:
+        with gzip.open(tmp_path / f"{tag}.jsonl.gz", "wt", encoding="utf-8") as file:
+            for number, (book, chapter) in enumerate(verses):
+                file.write(json.dumps({"id": f"b.{book}.{chapter}.{number}", "text": f"v{number}"}) + "\n")
+    exploratory.write_testaments(tmp_path, tmp_path / "out")
+    for tag in exploratory.CODES:
+        for split, texts in {"train": ["v0 v1", "v2", "v5"], "dev": ["v3", "v4"]}.items():
+            rows = exploratory.driver.read_rows(tmp_path / "out" / f"{split}.{tag}.jsonl")
+            assert [row["text"] for row in rows] == texts
+    (tmp_path / "language.yaml").write_text((FOLDER / "language.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    recipe, theirs = exploratory.testament_recipe(tmp_path, "zul"), study_file.language_recipe(tmp_path, "zul")
+    assert set(differences(recipe, theirs)) == {"data.train", "data.test.zul"}
