@@ -45,7 +45,8 @@ def recipe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> str:
         meaning = "; ".join(filter(None, [", ".join(choices), meaning.rstrip(".")]))
         rows.append(f"| `{prefix}{name}` | {default} | {meaning.replace('|', '∣')} |")
         if nested and nested[0].__name__ != "Source":
-            rows.append(recipe_fields(nested[0], f"{prefix}{name}."))
+            inner = "LANGUAGE." if typing.get_origin(field.annotation) is dict else ""
+            rows.append(recipe_fields(nested[0], f"{prefix}{name}.{inner}"))
     return "\n".join(rows)
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from small import (
     classification_rows,
-    save_language_adapter,
     save_model,
     small_folder,
     small_recipe,
@@ -383,8 +382,9 @@ def test_each_shipped_recipe_runs(name, tmp_path):
         tiny_tokenizer().save_pretrained(tmp_path / "model")
     else:
         save_model(tmp_path / "model", max_position_embeddings=64)
-    for folder in original.adapter.language_adapters.values():  # as language-adapter.yaml makes them
-        save_language_adapter(tmp_path / folder / "adapter", graftlm.data.starter_path("encoder"))
+    languages = original.adapter.language_adapters.values()
+    for path in (source.path for text in languages for source in (text.train, text.test)):
+        write_rows(tmp_path / path, [{"text": "Hier steht ein Satz."}, {"text": "Here is a sentence."}])
     recipe = small_recipe(
         tmp_path,
         "model=starter" if starter else "model=./model",
@@ -393,6 +393,7 @@ def test_each_shipped_recipe_runs(name, tmp_path):
         "training.batch_size=8",
         "training.epochs=3" if starter else "training.epochs=5",
         "training.learning_rate=1e-2" if starter else "training.learning_rate=3e-2",
+        *(["adapter.language_training={training.max_steps: 1, training.max_length: 24}"] if languages else []),
     )
     result = run(recipe)
     folder = recipe.folder

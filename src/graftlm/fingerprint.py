@@ -38,7 +38,7 @@ def _files(recipe: Recipe) -> Iterator[Path]:
     for pattern in sorted(patterns):
         plain = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
         yield from map(Path, sorted(plain))
-    for place in recipe.adapter.language_adapters.values():
+    for place in recipe.adapter.language_folders.values():
         found = (recipe.path(place) / part / "adapter_model.safetensors" for part in ("adapter", ""))
         yield from (file for file in found if file.is_file())
 

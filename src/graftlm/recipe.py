@@ -8,7 +8,7 @@ it came from.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +17,14 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from graftlm import recipe_errors, yaml_lines
+from graftlm.recipe_adapter import FILE_TYPES as FILE_TYPES
+from graftlm.recipe_adapter import TEXT_TYPES as TEXT_TYPES
 from graftlm.recipe_adapter import Adapter, Count, Language, Part, Positive, Share, relocate
+from graftlm.recipe_adapter import Source as Source
 
 TaskName = Literal[
     "classification",
@@ -35,33 +37,7 @@ TaskName = Literal[
 ]
 Schedule = Literal["standard", "gradual", "reverse", "random", "fixed", "lpft", "fisher"]
 LANGUAGE_MODELLING = ("causal_lm", "masked_lm")
-FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-TEXT_TYPES = (".txt", ".txt.gz")
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class Source(Part):
-    """Where one split lies; a text alone is its `path`."""
-
-    path: str = Field(min_length=1, description="file, folder, hub id, or starter:… (shipped with graftlm)")
-    config: str | None = Field(None, description="configuration of a hub data set")
-    split: str | None = Field(None, description="split of a hub data set or folder")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @model_serializer
-    def _as_written(self) -> str | dict[str, Any]:
-        rest = {key: getattr(self, key) for key in ("config", "split", "revision")}
-        rest = {key: value for key, value in rest.items() if value is not None}
-        return {"path": self.path, **rest} if rest else self.path
-
-    def is_file(self) -> bool:
-        """Whether the path names a file by its ending, not a hub id or folder."""
-        return self.path.endswith(FILE_TYPES + TEXT_TYPES)
 
 
 class Parallel(Part):
@@ -305,6 +281,13 @@ class Recipe(Part):
             self.values(), overrides, text=self._text, base=self._base, file=self._file, origins=self._origins
         )
 
+    def with_language_adapters(self, places: Mapping[str, str]) -> "Recipe":
+        """The same recipe with these folders in place of the texts that language adapters are trained from."""
+        values = self.values()
+        values["adapter"]["language_adapters"] |= places
+        values["adapter"].pop("language_training", None)
+        return _build(values, (), text=self._text, base=self._base, file=self._file, origins=self._origins)
+
     def relocated(self, folder: Path) -> "Recipe":
         """The same recipe with its relative paths seen from `folder`, so that a copy of it there works too."""
 
@@ -323,6 +306,8 @@ class Recipe(Part):
         places = [(dropout, "texts"), (mixing, "data")]
         for part in filter(None, (data, data["parallel"])):
             places += [(part, "train"), (part, "dev"), *((part["test"], tag) for tag in part["test"])]
+        languages = values["adapter"].get("language_adapters", {}).values()
+        places += [(one, key) for one in languages if isinstance(one, dict) for key in one]
         for splits, key in places:
             if isinstance(splits[key], str):
                 splits[key] = move(splits[key])

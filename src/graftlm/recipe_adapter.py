@@ -26,6 +26,9 @@ def language_tag(tag: str) -> str:
 
 Language = Annotated[str, AfterValidator(language_tag)]
 
+FILE_TYPES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+TEXT_TYPES = (".txt", ".txt.gz")
+
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,6 +38,38 @@ class Part(BaseModel):
     """A part of a recipe: frozen, of the types it says, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(Part):
+    """Where one split lies; a text alone is its `path`."""
+
+    path: str = Field(min_length=1, description="file, folder, hub id, or starter:… (shipped with graftlm)")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set or folder")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        rest = {key: getattr(self, key) for key in ("config", "split", "revision")}
+        rest = {key: value for key, value in rest.items() if value is not None}
+        return {"path": self.path, **rest} if rest else self.path
+
+    def is_file(self) -> bool:
+        """Whether the path names a file by its ending, not a hub id or folder."""
+        return self.path.endswith(FILE_TYPES + TEXT_TYPES)
+
+
+class LanguageText(Part):
+    """What a language adapter is trained from; instead of it: the folder or hub id of one that is there."""
+
+    train: Source = Field(description="raw text in the language")
+    test: Source = Field(description="held-out text, which says what the adapter has learned")
+    dev: Source | None = Field(None, description="text that the best checkpoint is chosen on; null: the last one")
 
 
 _KEYS = {
@@ -48,6 +83,7 @@ _KEYS = {
         "scaling",
         "invertible",
         "language_adapters",
+        "language_training",
     ),
     "flare": (
         "r",
@@ -90,9 +126,14 @@ class Adapter(Part):
     activation: str = Field("relu", description="bottleneck: a name of transformers' ACT2FN")
     scaling: Positive = Field(1.0, description="bottleneck: constant factor of the adapter's part")
     invertible: bool = Field(False, description="bottleneck: an invertible adapter at the embeddings too")
-    language_adapters: dict[Language, Annotated[str, Field(min_length=1)]] = Field(
+    language_adapters: dict[Language, Annotated[str, Field(min_length=1)] | LanguageText] = Field(
         default_factory=dict,
-        description="bottleneck: language tag → run folder, adapter folder or hub id of the adapter that lies below",
+        description="bottleneck: language tag → the adapter that lies below: run folder, adapter folder, hub id, or "
+        "the text that it is trained from first",
+    )
+    language_training: dict[str, Any] = Field(
+        default_factory=dict,
+        description="bottleneck: keys of the recipe language-adapter with their values, for those with a text",
     )
     fusion: Literal["add", "mul", "add_relu", "mul_relu", "cross_attention"] = Field(
         "add_relu", description="flare: what is made of source and target"
@@ -132,6 +173,11 @@ class Adapter(Part):
     initialisation: Literal["low_variance", "he"] = Field("low_variance", description="neutral_residues: the paper's")
     sparse_inference: bool = Field(False, description="neutral_residues: open tokens only, in evaluation")
 
+    @property
+    def language_folders(self) -> dict[str, str]:
+        """The language adapters that lie somewhere already, with where."""
+        return {tag: place for tag, place in self.language_adapters.items() if isinstance(place, str)}
+
     def how_to_make(self, language: str) -> str:
         """The command that trains a language adapter."""
         name = f"name=language-{language} source={language} adapter.kind={self.kind}"
@@ -141,7 +187,7 @@ class Adapter(Part):
     @model_serializer(mode="wrap")
     def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         kept = {"method", *_KEYS[self.method]} - ({"reduction_factor"} if self.bottleneck_size else {"bottleneck_size"})
-        kept -= set() if self.language_adapters else {"language_adapters"}
+        kept -= {key for key in ("language_adapters", "language_training") if not getattr(self, key)}
         return {key: value for key, value in serialize(self).items() if key in kept}
 
     @model_validator(mode="after")
@@ -162,9 +208,9 @@ class Adapter(Part):
 
 
 def relocate(values: dict[str, Any], move: Callable[..., str]) -> None:
-    """Hands every path among an adapter's plain values to `move`."""
-    for tag, place in values.get("language_adapters", {}).items():
-        values["language_adapters"][tag] = move(place)
+    """Hands every path among an adapter's plain values to `move`, but those of data."""
+    languages = values.get("language_adapters", {})
+    languages |= {tag: move(place) for tag, place in languages.items() if isinstance(place, str)}
     if values.get("source_encoder"):
         values["source_encoder"] = move(values["source_encoder"])
     if isinstance(cache := values.get("source_cache"), str):

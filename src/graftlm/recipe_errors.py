@@ -30,6 +30,8 @@ def explain(
     fix = None
     for detail in error.errors():
         path = _real_path(detail["loc"], root, values)
+        if detail["type"] == "string_type" and isinstance(detail["input"], dict) and len(path) < len(detail["loc"]):
+            continue  # a text or a mapping, and this is a mapping: what is wrong with it stands elsewhere
         key = ".".join(path)
         where = place(path, name, origins)
         if detail["type"] == "extra_forbidden":
@@ -93,7 +95,8 @@ def _refuse_gaps(recipe: Any, raw: bool) -> None:
         if known and tag not in known:
             raise ValueError(
                 f"adapter.language_adapters: none for {tag!r}, which is scored or trained in; there: "
-                f"{', '.join(known)}; write adapter.language_adapters.{tag}=FOLDER, or leave {tag} out of data.test; "
+                f"{', '.join(known)}; write adapter.language_adapters.{tag}=FOLDER or "
+                f"={{train: TEXT, test: HELD_OUT_TEXT}}, or leave {tag} out of data.test; "
                 f"to train one: {recipe.adapter.how_to_make(tag)}"
             )
 

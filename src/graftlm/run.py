@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from graftlm.evaluation.result import Cost, Licences, Result, Score
 from graftlm.fingerprint import changed_files, write_digests
 from graftlm.folder import RESOLVED, load, save
 from graftlm.hub import licences, push
+from graftlm.language_runs import language_runs, trained
 from graftlm.neutral_run import write_gates
 from graftlm.prepare import (
     CHECKPOINTS,
@@ -59,6 +61,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     """Trains a recipe, scores every test language once, and writes the run folder.
 
     A run that was stopped goes on from its last checkpoint. A finished one is not repeated: its result is read.
+    Language adapters of which the recipe names the text are runs of their own, done first.
 
     Args:
         recipe: what `graftlm.load_recipe` returns.
@@ -72,6 +75,7 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
         DataError, ModelError: what the recipe names is missing or malformed.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    recipe = _languages_first(recipe, progress=progress)
     folder = recipe.folder
     if _finished(recipe, folder):
         log.info("%s is finished already; delete the folder to run it again", folder)
@@ -144,6 +148,14 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
             for one in scores
         ]
     return result.model_copy(update={"scores": tuple(scores), "forgetting": forgetting(recipe, scores)})
+
+
+def _languages_first(recipe: Recipe, *, progress: bool) -> Recipe:
+    """The recipe over trained language adapters; what would stop its own run is found before they are begun."""
+    if not all((one.folder / RESULT).is_file() for one in language_runs(recipe).values()):
+        with tempfile.TemporaryDirectory() as nowhere:
+            prepare(recipe.changed("adapter.language_adapters={}"), Path(nowhere), progress=False)
+    return trained(recipe, lambda one: run_recipe(one, progress=progress))
 
 
 def _finished(recipe: Recipe, folder: Path) -> bool:
@@ -250,7 +262,7 @@ def _result(prepared: Prepared, scores: list[Score], seconds: float) -> Result:
         seed=recipe.seed,
         scores=tuple(scores),
         forgetting=forgetting(recipe, scores),
-        language_adapters=recipe.adapter.language_adapters or None,
+        language_adapters=recipe.adapter.language_folders or None,
         cost=Cost(
             train_seconds=prepared.clock.seconds,
             trace_seconds=prepared.schedule.trace_seconds if prepared.schedule else None,

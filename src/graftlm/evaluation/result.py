@@ -107,7 +107,8 @@ class Result(Record):
         description="per language that the model knew before, its `change`; negative: loss; null: not measured",
     )
     language_adapters: dict[str, str] | None = Field(
-        None, description="language → the adapter that lies below the task adapter in it, as in the recipe; null: none"
+        None,
+        description="language → the adapter that lies below the task adapter in it, seen from the recipe; null: none",
     )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")

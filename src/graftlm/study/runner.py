@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,20 @@ from graftlm.evaluation.folder import RECIPE
 from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import FILE as RESULT
 from graftlm.fingerprint import changed_files
+from graftlm.language_runs import language_runs, placed, trained
 from graftlm.recipe import Recipe
 from graftlm.study.claims import Claims
 
 CLAIMS, LOGS, FAILED = "claims", "logs", "failed"
 DONE, BROKEN, TAKEN, STOPPED = 0, 1, 75, 130  # exit codes
+_PAUSE = 2.0  # seconds between two looks at a language adapter that another process trains
 
 
 def finished(recipe: Recipe) -> bool:
     """Whether the run's folder holds its result; of another recipe's or other data's the run itself will complain."""
+    if not all(map(finished, language_runs(recipe).values())):
+        return False
+    recipe = placed(recipe)
     folder = recipe.folder
     if not (folder / RESULT).is_file() or not (folder / RECIPE).is_file():
         return False
@@ -78,6 +84,7 @@ def do(recipe: Recipe, study: Path) -> int:
         (study / FAILED / f"{recipe.name}.json").unlink(missing_ok=True)
         from graftlm.run import run_recipe
 
+        _share_languages(recipe, study)
         run_recipe(recipe, progress=False)
     except KeyboardInterrupt:
         return STOPPED
@@ -90,6 +97,25 @@ def do(recipe: Recipe, study: Path) -> int:
     finally:
         claim.give_back()
     return DONE
+
+
+def _share_languages(recipe: Recipe, study: Path) -> None:
+    """One of the processes trains a language adapter, the others wait for it."""
+    from graftlm.run import run_recipe
+
+    def once(language: Recipe) -> None:
+        while not finished(language):
+            claim = Claims(study / CLAIMS).take(language.name)
+            if claim is None:
+                time.sleep(_PAUSE)
+                continue
+            try:
+                run_recipe(language, progress=False)
+            finally:
+                claim.give_back()
+            return
+
+    trained(recipe, once)
 
 
 def _child(recipe: Recipe, study: Path) -> None:
