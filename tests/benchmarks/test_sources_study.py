@@ -1,11 +1,19 @@
-"""The transfer study's plan and tables, on outcomes that are made up; its paper.yaml is one that can be read."""
+"""The transfer study's plan and tables, on outcomes that are made up; its paper.yaml, run on small local data."""
 
+import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from small import save_model
+from typer.testing import CliRunner
 
+from graftlm import SourcePool
+from graftlm.cli import app
 from graftlm.study.pool_build import load_tasks
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "sources"
@@ -110,8 +118,59 @@ def test_a_plan_leaves_out_what_shares_sentences(study):
     assert len(set(map(tuple, cells))) == len(cells)
 
 
-def test_the_papers_tasks_can_be_read():
+def hub_layout(folder, configs):
+    """A data set as the hub lays it out: config → classes; words w0 … are of class 0, w20 … of class 1 and so on."""
+    card = ["---", "configs:"]
+    for config, classes in configs.items():
+        names = [f"class {number}" for number in range(classes)]
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, count in (("train", 36), ("test", 12)):
+            rows = [
+                {"text": f"w{20 * (n % classes) % 60 + n % 13} w{n % 7} w{n}", "label": n % classes}
+                for n in range(count)
+            ]
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(rows, features=features).to_parquet(folder / config / f"{split}-0.parquet")
+            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
+
+
+def test_the_papers_commands_build_a_pool_and_rank_with_it(tmp_path, monkeypatch):
+    """The commands in paper.yaml, with a tiny BERT for mBERT, few steps, and small data under the hub's names."""
+    for name in ("paper.yaml", "paper-recipe.yaml"):
+        shutil.copy(FOLDER / name, tmp_path)
+    hub_layout(tmp_path / "stanfordnlp" / "imdb", {"plain_text": 2})
+    hub_layout(tmp_path / "fancyzhx" / "ag_news", {"default": 4})
+    hub_layout(tmp_path / "cardiffnlp" / "tweet_eval", {"sentiment": 3, "emotion": 4})
+    model = save_model(tmp_path / "mbert")
+    monkeypatch.chdir(tmp_path)
+    text = (FOLDER / "paper.yaml").read_text(encoding="utf-8")
+    build, fetch, rank = re.findall(r"^#   graftlm (.*)$", text, re.MULTILINE)
+    assert fetch.startswith("pool add pools/paper hub"), "what needs the hub itself is not run"
+
+    small = [f"model={model}", "training.max_steps=4", "training.batch_size=8", "training.max_length=32"]
+    command = build.replace("benchmarks/sources/", "").split()
+    done = CliRunner().invoke(app, [*command, *small, "training.arguments={max_grad_norm: 1.0, use_cpu: true}"])
+    assert done.exit_code == 0 and "3 of 3 source tasks are in pools/paper" in done.stdout, done.output
+    pool = SourcePool.open("pools/paper")
+    assert list(pool.entries) == ["imdb", "ag-news", "tweet-sentiment"] and not pool.verify()
+    details = pool.load("ag-news").details
+    assert pool.entries["ag-news"].architecture == "linear" and pool.entries["ag-news"].rows == 36
+    assert details["pooling"] == "pooler" and details["lm_adapter"] == "none" and details["lm_learning_rate"] == 2e-5
+
+    command = rank.replace("google-bert/bert-base-multilingual-uncased", "mbert").split()
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert {one["name"] for one in record["sources"]} == set(pool.entries) and record["classes"] == 4
+
+
+def test_the_papers_settings_are_the_papers():
     build = load_tasks(FOLDER / "paper.yaml")
     assert build.base_model == "google-bert/bert-base-multilingual-uncased" and build.settings.method == "sgd"
     recipe = build.study.recipe_of(build.study.scored()[2])
     assert recipe.data.train.config == "sentiment" and recipe.adapter.method == "none"
+    training = recipe.training
+    assert (training.epochs, training.batch_size, training.learning_rate, training.weight_decay) == (3, 32, 2e-5, 0.01)
+    assert (training.max_length, build.settings.max_texts) == (128, 10_000)
