@@ -6,11 +6,10 @@ Everything is a ratio between arms that take turns within one process; each row 
 """
 
 import argparse
+import importlib.util
 import json
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,14 @@ from graftlm import BottleneckConfig
 LAYERS, WIDTH, VOCABULARY = 12, 768, 30522
 SIZE, RANK = 48, 24  # 2·d·m + m + d a layer; 2·2·d·r a layer on query and value
 ARMS = ("by hand", "graftlm", "LoRA")
+
+_spec = importlib.util.spec_from_file_location(
+    "neutral_residues_speed", Path(__file__).parents[1] / "neutral_residues_speed" / "run.py"
+)
+if _spec is None or _spec.loader is None:
+    sys.exit("benchmarks/neutral_residues_speed/run.py is missing")
+speed = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(speed)
 
 
 class ByHand(nn.Module):
@@ -142,27 +149,17 @@ def times(inputs: dict[str, torch.Tensor], rounds: int):
             yield {"what": f"{what}, graftlm / LoRA", "round": number, "ratio": found["graftlm"] / found["LoRA"]}
 
 
-def peak(arm: str, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Bytes by which ten steps raise the largest resident set, or the most that a GPU held; trainable parameters."""
-    made, count = works(arm, inputs)
-    step = made["training step"]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(10):
-        step()
-    if torch.cuda.is_available():
-        return {"bytes": torch.cuda.max_memory_allocated(), "trainable": count}
-    return {"bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, "trainable": count}
-
-
-def memory(arguments: list[str]):
-    """Each arm in a process of its own: the largest resident set never falls."""
-    found = {}
+def memory(inputs: dict[str, torch.Tensor]):
+    """Bytes that autograd keeps for the backward pass, weights not counted."""
+    kept, trainable = {}, {}
     for arm in ARMS:
-        command = [sys.executable, __file__, "--peak", arm, *arguments]
-        found[arm] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    for arm in ARMS[1:]:
-        ratio = found[arm]["bytes"] / found["by hand"]["bytes"]
-        yield {"what": f"memory, {arm} / by hand", "round": 0, "ratio": ratio, "arms": found}
+        adapted = model(arm).to("cuda" if torch.cuda.is_available() else "cpu").train()
+        kept[arm] = speed.kept_for_backward(lambda: adapted(**inputs).loss, besides=adapted.parameters())  # noqa: B023
+        trainable[arm] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    pairs = [("graftlm", "by hand"), ("LoRA", "by hand"), ("graftlm", "LoRA")]
+    for one, other in pairs:
+        row = {"what": f"bytes kept for backward, {one} / {other}", "round": 0, "ratio": kept[one] / kept[other]}
+        yield row | {"bytes": kept, "trainable": trainable}
 
 
 def main() -> None:
@@ -171,17 +168,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="examples a batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens an example")
     parser.add_argument("--parts", nargs="*", default=["times", "memory"], choices=["times", "memory"])
-    parser.add_argument("--peak", choices=ARMS, help="only print the memory of this arm")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.jsonl"), help="appended to")
     chosen = parser.parse_args()
     inputs = batch(chosen.rows, chosen.tokens)
     if torch.cuda.is_available():
         inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
-    if chosen.peak:
-        print(json.dumps(peak(chosen.peak, inputs)))
-        return
     check_equal(batch(2, 16))
-    size = ["--rows", str(chosen.rows), "--tokens", str(chosen.tokens)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     where = {
         "device": device,
@@ -191,7 +183,7 @@ def main() -> None:
     }
     found: dict[str, list[float]] = {}
     with chosen.out.open("a", encoding="utf-8") as file:
-        parts = {"times": times(inputs, chosen.rounds), "memory": memory(size)}
+        parts = {"times": times(inputs, chosen.rounds), "memory": memory(inputs)}
         for part in chosen.parts:
             for row in parts[part]:
                 file.write(json.dumps(row | where) + "\n")
@@ -199,7 +191,7 @@ def main() -> None:
                 found.setdefault(row["what"], []).append(row["ratio"])
     for what, ratios in found.items():
         low, high = min(ratios), max(ratios)
-        print(f"{what:34} median {statistics.median(ratios):.3f}  ({low:.3f} to {high:.3f}, {len(ratios)} rounds)")
+        print(f"{what:44} median {statistics.median(ratios):.3f}  ({low:.3f} to {high:.3f}, {len(ratios)} rounds)")
 
 
 if __name__ == "__main__":

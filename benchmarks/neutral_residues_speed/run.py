@@ -71,8 +71,8 @@ def seconds(work) -> float:
     return time.process_time() - started
 
 
-def kept_for_backward(step) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once."""
+def kept_for_backward(step, besides=()) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once; those of `besides` are not counted."""
     held: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,6 +81,8 @@ def kept_for_backward(step) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
+    for tensor in besides:
+        held.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(held.values())
 
 
