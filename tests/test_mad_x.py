@@ -9,8 +9,8 @@ import pytest
 import torch
 from adapters.bottlenecks import reference
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from small import save_language_adapter, small_folder, small_recipe
+from safetensors.torch import load_file, save_file
+from small import save_language_adapter, save_model, small_folder, small_recipe
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import graftlm.prepare
@@ -164,6 +164,21 @@ def test_an_invertible_language_adapter_and_a_schedule(tmp_path):
     torch.testing.assert_close(probabilities(recipe.folder, "deu"), found, rtol=1e-3, atol=1e-5)
 
 
+def spoil(made: Path) -> None:
+    """Adapters that no stack can have: another method, another base's width, a file cut short, one without a tensor."""
+    base = AutoModelForMaskedLM.from_pretrained(made / "model")
+    get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained(made / "lora")
+    save_language_adapter(made / "wide", save_model(made / "wide-model", hidden_size=32), activation="gelu")
+    for name in ("cut", "short"):
+        shutil.copytree(made / "lang" / "deu", made / name)
+    file = made / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    file = made / "short" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.popitem()
+    save_file(tensors, file)
+
+
 @pytest.mark.parametrize(
     ("override", "error", "says"),
     [
@@ -177,16 +192,17 @@ def test_an_invertible_language_adapter_and_a_schedule(tmp_path):
             ModelError,
             r"cannot be loaded(.|\n)*hub/none(.|\n)*language-adapter",
         ),
+        ("adapter.language_adapters.deu=./wide", ModelError, r"another width(.|\n)*width 32(.|\n)*allowed: 16"),
+        ("adapter.language_adapters.deu=./cut", ModelError, r"cannot be read"),
+        ("adapter.language_adapters.deu=./short", ModelError, r"lacks 1 of the 12"),
         ("adapter.kind=houlsby", SetupError, "different places"),
         ("adapter={language_adapters: {eng: ./lang/eng}}", RecipeError, r"takes no language_adapters(.|\n)*bottleneck"),
         ("adapter.language_adapters={e: ./lang/eng}", RecipeError, "no language tag"),
     ],
 )
 def test_what_cannot_work_says_what_to_type(made, override, error, says):
-    lora = made / "lora"
-    if not lora.exists():
-        base = AutoModelForMaskedLM.from_pretrained(made / "model")
-        get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained(lora)
+    if not (made / "lora").exists():
+        spoil(made)
     with pytest.raises(error, match=says):
         prepare(small_recipe(made, STACK, override), made / "runs" / "other", progress=False)
 

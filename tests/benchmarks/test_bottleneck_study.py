@@ -1,13 +1,19 @@
-"""The MAD-X study's files: its recipes and arms, the folds of the unfreezing study, the tables from rows."""
+"""The MAD-X study's files: recipes, arms, tables from rows, and the paper's recipe on data in the hub's layout."""
 
 import gzip
 import importlib.util
 import json
 from pathlib import Path
 
+import datasets
 import pytest
+from hub import save_hub_set, save_xnli
+from raw import chain
+from tiny import tiny_model, tiny_tokenizer
 
-from graftlm.recipe import differences
+from graftlm.language_runs import language_runs
+from graftlm.recipe import differences, load_recipe
+from graftlm.run import run_recipe
 from graftlm.study.plan import load_study
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "bottleneck"
@@ -103,3 +109,56 @@ def test_whole_books_of_a_testament_are_held_out_and_nothing_is_lost(exploratory
     (tmp_path / "language.yaml").write_text((FOLDER / "language.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     recipe, theirs = exploratory.testament_recipe(tmp_path, "zul"), study_file.language_recipe(tmp_path, "zul")
     assert set(differences(recipe, theirs)) == {"data.train", "data.test.zul"}
+
+
+def test_the_papers_recipe_runs_on_the_hubs_layout(tmp_path):
+    recipe = load_recipe(FOLDER / "paper.yaml")
+    languages = list(recipe.data.test)
+    assert languages == list(recipe.adapter.language_adapters) and len(languages) == 15
+    xnli = save_xnli(tmp_path / "xnli", languages)
+    pages = [{"text": text} for text in chain(8, 0)]
+    wikis = {f"20231101.{tag}": {"train": datasets.Dataset.from_list(pages)} for tag in ("en", "de")}
+    wikipedia = save_hub_set(tmp_path / "wikipedia", wikis)
+    tiny_model("bert", "masked_lm").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def local(values: object) -> str:
+        text = json.dumps(values).replace('"facebook/xnli"', json.dumps(str(xnli)))
+        return text.replace('"wikimedia/wikipedia"', json.dumps(str(wikipedia)))
+
+    values = recipe.values()
+    two = {tag: values["adapter"]["language_adapters"][tag] for tag in ("en", "de")}
+    result = run_recipe(
+        recipe.changed(
+            f"data={local(values['data'] | {'test': {tag: values['data']['test'][tag] for tag in two}})}",
+            f"adapter.language_adapters={local(two)}",
+            "adapter.language_training.training={max_steps: 2, max_length: 16, precision: float32}",
+            f"model={json.dumps(str(tmp_path / 'model'))}",
+            f"output.folder={json.dumps(str(tmp_path / 'runs'))}",
+            "unfreezing={schedule: gradual, every_n_steps: 1}",
+            "training.max_steps=6",
+            "training.batch_size=8",
+            "training.max_length=32",  # the tiny model has no more positions
+        ),
+        progress=False,
+    )
+    assert [score.language for score in result.scores] == ["en", "de"] and len(result.zero_shot) == 1
+    german = load_recipe(tmp_path / "runs" / "language-de" / "recipe.resolved.yaml")
+    assert (german.training.max_steps, german.training.batch_size, german.training.learning_rate) == (2, 64, 1e-4)
+    assert german.adapter.invertible and german.adapter.reduction_factor == 2
+
+
+def test_the_papers_study_is_the_papers():
+    study = load_study(FOLDER / "paper-study.yaml")
+    recipes = {study.variants[run.variant].name: study.recipe_of(run) for run in study.scored()}
+    assert len(study.scored()) == 4 * 4
+    every = {name: one.unfreezing.every_n_steps for name, one in recipes.items()}
+    assert every == {"standard": "auto", "gradual": 800, "FUN": 50, "alone": "auto"}
+    for name, one in recipes.items():
+        training = one.training
+        assert (training.epochs, training.batch_size, training.learning_rate) == (15, 128, 5e-4)
+        assert (one.adapter.kind, one.adapter.reduction_factor) == ("pfeiffer", 16)
+        runs = language_runs(one)
+        assert len(runs) == (0 if name == "alone" else 15)
+        assert all((run.training.max_steps, run.training.batch_size) == (250000, 64) for run in runs.values())
+        assert all(run.folder.parent == one.folder.parent for run in runs.values()), "one for all runs of the study"

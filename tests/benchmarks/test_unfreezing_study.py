@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-import datasets
 import pytest
+from hub import save_xnli
 from small import save_model
 
 from graftlm.recipe import load_recipe
@@ -23,39 +23,9 @@ driver = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(driver)
 
 
-def hub_layout(folder: Path, languages: list[str]) -> Path:
-    """A data set as the hub lays it out: a folder a configuration, parquet files, a card that names them."""
-    names = ["entailment", "neutral", "contradiction"]
-    features = datasets.Features(
-        {
-            "premise": datasets.Value("string"),
-            "hypothesis": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=names),
-        }
-    )
-    rng = random.Random(0)
-    card = ["---", "configs:"]
-    for language in languages:
-        card += [f"- config_name: {language}", "  data_files:"]
-        for split, count in (("train", 24), ("validation", 9), ("test", 9)):
-            rows = [
-                {
-                    "premise": f"w{20 * (n % 3)} w{rng.randrange(60)}",
-                    "hypothesis": f"w{rng.randrange(60)}",
-                    "label": n % 3,
-                }
-                for n in range(count)
-            ]
-            (folder / language).mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_list(rows, features=features).to_parquet(folder / language / f"{split}-0.parquet")
-            card += [f"  - split: {split}", f"    path: {language}/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
-    return folder
-
-
 def test_the_papers_recipe_runs_on_the_hubs_layout(tmp_path):
     recipe = load_recipe(FOLDER / "paper.yaml")
-    local = hub_layout(tmp_path / "xnli", list(recipe.data.test))
+    local = save_xnli(tmp_path / "xnli", list(recipe.data.test))
     model = save_model(tmp_path / "model")
     values = recipe.values()
     moved = json.loads(json.dumps(values["data"]).replace('"facebook/xnli"', json.dumps(str(local))))
