@@ -34,6 +34,7 @@ from graftlm.sources.target import Target
 SIZES = [(1000, 768, 3), (200, 768, 3), (5000, 768, 3), (1000, 384, 3), (1000, 768, 77)]
 CHECKED = 4  # maps whose score is held against the singular values
 REPEATS = 3
+FILES = 32  # of a pool that is ranked, of as many different maps
 
 
 def maps_on(device: str, width: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,15 +98,19 @@ def shown(many: BatchedEvidence, weights: torch.Tensor, biases: torch.Tensor) ->
 
 
 def ranking(rows: int, width: int, classes: int, count: int, device: str) -> list[dict]:
-    """Milliseconds a map of a whole ranking from a pool, whose entries share one file that is read for each of them."""
+    """Milliseconds a map of a whole ranking from a pool, whose entries share a few files that are read for each."""
     features, labels = target(rows, width, classes)
     aim = Target(["text"] * rows, labels, "classification", targets_of(labels, "classification", rows))
-    weight, bias = (part[0].cpu().numpy() for part in maps_on(device, width, 1))
+    weights, biases = (part.cpu().numpy() for part in maps_on(device, width, FILES))
     made = []
     with tempfile.TemporaryDirectory() as folder:
         pool = SourcePool.create(f"{folder}/pool", base_model="org/base", width=width)
-        entry = pool.add(EmbeddingSpaceMap("org/base", "task", bias=bias, weight=weight))
-        pool.entries = {f"task-{number}": replace(entry, name=f"task-{number}") for number in range(count)}
+        for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            pool.add(EmbeddingSpaceMap("org/base", f"file-{number}", bias=bias, weight=weight))
+        files = list(pool.entries.values())
+        pool.entries = {
+            f"task-{number}": replace(files[number % FILES], name=f"task-{number}") for number in range(count)
+        }
         for precision in PRECISIONS:
             batch = None if device.startswith("cuda") else min(count, 8)
             found = rank_maps(pool, features, aim, precision=precision, device=device, maps_at_once=batch)

@@ -76,6 +76,21 @@ def test_regression_with_several_columns():
         assert many.fallbacks == 0
 
 
+@pytest.mark.parametrize(("seed", "low"), [(9, False), (31, True)])
+def test_the_higher_of_two_peaks_is_taken(seed, low):
+    """Features of two scales that say something of the numbers each: h has a peak for either."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(40, 30))
+    features[:, 15:] *= 1e-4 ** rng.random()
+    small = features[:, -3:] / np.abs(features[:, -3:]).max()
+    numbers = 0.3 * features[:, :3] @ rng.normal(size=3) + small @ rng.normal(size=3) + 0.05 * rng.normal(size=40)
+    many = BatchedEvidence(features, numbers[:, None])
+    (found,) = many.linear(torch.eye(30).double()[None], torch.zeros(1, 30).double())
+    expected = by_svd(features, numbers[:, None])
+    assert found.score == pytest.approx(expected.score, abs=1e-9) and many.fallbacks == 0
+    assert found.ratios == pytest.approx(expected.ratios, rel=1e-3) and (found.ratios[0] < 1) == low
+
+
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize(("rows", "width"), [(90, 50), (40, 80)])
 def test_features_and_maps_without_full_rank(rows, width, precision):

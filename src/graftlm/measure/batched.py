@@ -62,8 +62,8 @@ class BatchedEvidence:
         self.fallbacks = 0  # maps that were scored by a slower form than asked for
         self._given = features, targets
         self._dual = self.rows <= self.width
-        whole = torch.as_tensor(features).to(self.device, torch.float64)
-        self._targets = torch.as_tensor(targets).to(self.device, torch.float64)
+        whole = torch.tensor(features, dtype=torch.float64, device=self.device)
+        self._targets = torch.tensor(targets, dtype=torch.float64, device=self.device)
         self._mean = whole.mean(dim=0)
         self._centred = whole - self._mean
         # X₀ = QLᵀ: one of the same Gram matrix takes the place of X₀ where that is smaller
