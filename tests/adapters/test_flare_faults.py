@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapters.flares import ARCHITECTURES, flare, left, outputs, pair, target_of
+from adapters.flares import ARCHITECTURES, flare, left, outputs, pair, path, target_of
 from tiny import DECODERS, ENCODER_DECODERS, tiny_model
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +43,39 @@ def test_a_batch_of_one_is_a_batch_of_many_with_padding_on_either_side(architect
             "source_input_ids": batch["source_input_ids"][row, s][None],
         }
         torch.testing.assert_close(outputs(model, one), many[row : row + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"align": "position"}, {"align": "pooled"}, {"align": "attention"}, {"fusion": "cross_attention"}]
+)
+@pytest.mark.parametrize("architecture", ["roberta", "llama", "t5"])
+def test_padding_counts_in_no_alignment(architecture, settings):
+    model, batch = flare(architecture, **settings), pair(architecture)
+    many = outputs(model, batch)
+    padded = with_left_padding(batch, target=architecture not in TARGET_ON_THE_RIGHT)
+    torch.testing.assert_close(outputs(model, padded), many, rtol=1e-4, atol=1e-5)
+    t, s = batch["attention_mask"][1].bool(), batch["source_attention_mask"][1].bool()
+    assert not t.all() and not s.all()
+    one = {"input_ids": batch["input_ids"][1, t][None], "source_input_ids": batch["source_input_ids"][1, s][None]}
+    torch.testing.assert_close(outputs(model, one), many[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_source_passes_the_same_norm_as_the_target(architecture):
+    """The target as its own source, read where the lowest layer reads: S + T is twice T, as with twice the α."""
+    batch = target_of(pair(architecture))
+    twice = {f"source_{name}": batch[name] for name in ("input_ids", "attention_mask")}
+    found = []
+    for alpha in (3, 6):
+        model = flare(architecture, fusion="add", source_layer="same", lora_alpha=alpha)
+        lowest = tuple(f"base_model.model.{path(architecture, 0, role)}." for role in (0, 1))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name and not name.startswith(lowest):
+                    parameter.zero_()
+        found.append(outputs(model, batch | (twice if alpha == 3 else {})))
+    assert (found[1] - outputs(model, batch | twice)).abs().max() > 1e-4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("align", ["position", "pooled", "attention"])
@@ -93,6 +126,32 @@ def test_a_checkpoint_that_loses_the_source_is_an_error():
     loss = model(**batch).loss
     with pytest.raises(SetupError, match=r"its source is gone(.|\n)*gradient_checkpointing=True"):
         loss.backward()
+
+
+def test_checkpointing_keeps_states_that_were_given():
+    """As a cache gives them; two calls of one backward pass have their own."""
+    batches = [pair("llama"), pair("llama", source_length=6, seed=11)]
+    gradients = []
+    for use_reentrant in (None, False, True):
+        model = flare("llama").train()
+        context = graftlm.adapters.flare.SourceContext.of(model.base_model.model)
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        losses = []
+        for batch in batches:
+            ids, mask = batch["source_input_ids"], batch["source_attention_mask"]
+            states = torch.stack(context.states_of(model.base_model.model, input_ids=ids, attention_mask=mask), 1)
+            given = target_of(batch) | {"source_states": states, "source_attention_mask": mask}
+            losses.append(model(**given).loss)
+        sum(losses).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain = flare("llama").train()
+    sum(plain(**batch).loss for batch in batches).backward()
+    gradients.append({name: p.grad for name, p in plain.named_parameters() if p.requires_grad})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.supports("FLARE", "eager = SDPA")
