@@ -155,6 +155,14 @@ def test_calls_that_make_no_sense():
     assert torch.equal(outputs(model, batch), outputs(flare("bert"), batch))  # an error leaves nothing behind
 
 
+def test_threads_that_would_share_a_source_are_refused():
+    model, batch = flare("bert"), pair("bert")
+    copy_of_one_gpu = model.base_model.model._replicate_for_data_parallel()
+    assert copy_of_one_gpu(**target_of(batch)).logits.shape == (4, 3)
+    with pytest.raises(SetupError, match="DataParallel"):
+        copy_of_one_gpu(**batch)
+
+
 def test_keyword_inputs_positional_inputs_and_embeddings_are_the_same():
     model, batch = flare("bert").eval(), pair("bert")
     wanted = outputs(model, batch)

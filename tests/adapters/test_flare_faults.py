@@ -235,6 +235,19 @@ def test_generating_equals_a_full_forward_token_by_token(architecture):
         torch.testing.assert_close(outputs(model, full)[:, -1], logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "more", [{"prefill_chunk_size": 3}, {"cache_implementation": "static", "disable_compile": True}]
+)
+@pytest.mark.parametrize("align", ["position", "relative"])
+def test_a_prompt_that_is_read_in_parts_is_fused_as_a_whole(align, more):
+    model, batch = writer("llama", align=align), with_left_padding(pair("llama", "causal_lm"))
+    batch.pop("labels")
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    whole, parts = (model.generate(**batch, **settings, **extra) for extra in ({}, more))
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.supports("FLARE", "generate")
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_an_encoder_decoder_fuses_in_its_encoder_while_it_generates(architecture):

@@ -42,16 +42,16 @@ def data(tmp_path):
     pairs = list(sentences(50, 0))
     for code in ("eng_Latn", *driver.LANGUAGES.values()):
         for split, start in (("train", 0), ("dev", 30), ("test", 40)):
-            path = tmp_path / "sib200_topic" / f"{code}.{split}.jsonl.gz"
-            path.parent.mkdir(exist_ok=True)
+            path = tmp_path / "multilingual" / "sib200_topic" / f"{code}.{split}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
             rows = [
                 {"id": i, "text": pairs[i][code == "eng_Latn"], "label": i % 3, "label_name": LABELS[i % 3]}
                 for i in range(start, min(start + 30, 50) if split == "train" else start + 10)
             ]
             path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     for tag in driver.LANGUAGES:
-        path = tmp_path / "tatoeba_eng" / f"{tag}.jsonl.gz"
-        path.parent.mkdir(exist_ok=True)
+        path = tmp_path / "parallel_text" / "tatoeba_eng" / f"{tag}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"text": text, "eng": eng, "split": "train"} for text, eng in sentences(80, 1)]
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     return tmp_path
@@ -69,10 +69,11 @@ def test_ibm_model_1_finds_a_dictionary_and_sums_to_one():
 
 def test_folds_have_every_sentence_once_and_every_source(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gloss", gloss)
-    driver.write_folds(data, tmp_path / "folds", with_gloss=True)
+    driver.write_folds(data, tmp_path / "folds")
+    driver.write_folds(data, tmp_path / "glossed", with_gloss=True)
     seen = []
     for fold in range(1, 6):
-        files = {split: tmp_path / f"folds/{fold}/{split}.dan.jsonl" for split in ("train", "dev", "test")}
+        files = {split: tmp_path / f"glossed/{fold}/{split}.dan.jsonl" for split in ("train", "dev", "test")}
         lines = {split: file.read_text(encoding="utf-8").splitlines() for split, file in files.items()}
         rows = {split: list(map(json.loads, found)) for split, found in lines.items()}
         ids = [{row["id"] for row in found} for found in rows.values()]
@@ -83,6 +84,10 @@ def test_folds_have_every_sentence_once_and_every_source(data, tmp_path, monkeyp
             assert (row["english"], row["gloss"], row["itself"]) == (english, english, row["text"])
         assert sum(row["shuffled"] == row["english"] for row in rows["train"]) < 3
         assert sorted(row["shuffled"] for row in rows["train"]) == sorted(row["english"] for row in rows["train"])
+        for split, found in rows.items():  # runs that both sets share read the same bytes
+            plain = [{key: value for key, value in row.items() if key != "gloss"} for row in found]
+            shared = (tmp_path / f"folds/{fold}/{split}.dan.jsonl").read_text(encoding="utf-8").splitlines()
+            assert list(map(json.loads, shared)) == plain
     assert sorted(seen) == list(range(50))
     (tmp_path / "recipe.yaml").write_bytes((FOLDER / "recipe.yaml").read_bytes())
     for which in driver.SETS.values():
@@ -90,13 +95,14 @@ def test_folds_have_every_sentence_once_and_every_source(data, tmp_path, monkeyp
             recipe = driver.arm(tmp_path, tmp_path, parts, "dan", 2, 0, 1e-3)
             split = load_pairs(recipe, recipe.data.train, "train")
             assert len(split) == 30 and (split.sources is not None) == (parts[0] == "fused")
+            assert ("glossed/" in recipe.data.train.path) == (parts[2] == "gloss")
     names = {
         driver.name_of(parts, tag, fold, seed, rate)
         for parts in driver.SETS["primary"].values()
         for tag in driver.languages_of(parts)
         for fold in range(1, 6)
         for seed in range(5)
-        for rate in (driver.RATES if seed == 0 else driver.RATES[:1])
+        for rate in (driver.STUDY.rates if seed == 0 else driver.STUDY.rates[:1])
     }
     assert len(names) == 300, "the budget of the README"
 
@@ -109,19 +115,20 @@ def test_the_table_follows_from_the_rows(tmp_path):
         for tag in driver.languages_of(parts):
             for fold in range(1, 6):
                 for seed in range(5):
-                    for rate in driver.RATES:
+                    for rate in driver.STUDY.rates:
                         scores = rng.dirichlet(np.ones(3), size=10)
                         ids = list(range(10 * fold, 10 * fold + 10))
                         name = driver.name_of(parts, tag, fold, seed, rate)
                         row = {
                             "run": name,
                             "dev": rate,
+                            "seconds": 90.0 if seed else None,  # None: a run that was stopped between
                             "labels": LABELS,
                             "ids": ids,
                             "gold": [LABELS[i % 3] for i in ids],
                         }
                         (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(row | {"scores": scores.tolist()}))
-                        if rate == max(driver.RATES):  # the better one on dev
+                        if rate == max(driver.STUDY.rates):  # the better one on dev
                             kept[arm, tag, fold, seed] = scores
     driver._ROWS.clear()
     tables, _ = driver.outcomes(tmp_path, "primary")
@@ -143,10 +150,33 @@ def test_the_table_follows_from_the_rows(tmp_path):
     for arm, table in tables.items():
         assert table.shape == (5, 50)
         assert table == pytest.approx(np.array([[right(arm, seed, i) for i in range(10, 60)] for seed in range(5)]))
+    for fold in range(1, 6):
+        for seed in range(5):
+            name = f"english.fold{fold}.seed{seed}"
+            (tmp_path / "rows" / f"{name}.json").write_text(json.dumps({"run": name, "seconds": 36.0}))
+    priced = driver.costs(tmp_path, "primary").splitlines()
+    assert "| step 1 | 36 | 25 | 0.2 |" in priced and "| FLARE | 90 | 90 | 2.2 |" in priced
+    assert priced[-1] == "| all | | 325 | 7.8 |"
     lines = driver.summary(tmp_path, "primary").splitlines()
     driver._ROWS.clear()
     shown = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "minus" not in line]
     assert shown == sorted(set(tables) - {"FLARE"}, key=lambda name: -tables[name].mean())
+
+
+def test_the_tiny_scales_are_a_part_of_the_study(data, tmp_path):
+    for name in ("smoke", "cost"):
+        scale = driver.SCALES[name]
+        assert set(scale.languages) <= set(driver.LANGUAGES) and set(scale.rates) <= set(driver.STUDY.rates)
+        assert scale.folds == scale.seeds == 1
+    driver.write_folds(data, tmp_path / "whole")
+    driver.write_folds(data, tmp_path / "tiny", driver.Scale(("dan",), folds=1, rows=8))
+    assert [folder.name for folder in (tmp_path / "tiny").iterdir() if folder.is_dir()] == ["1"]
+    for split, count in (("train", 8), ("dev", 2), ("test", 2)):
+        whole, tiny = (
+            (tmp_path / name / f"1/{split}.dan.jsonl").read_text().splitlines() for name in ("whole", "tiny")
+        )
+        ids = [[json.loads(line)["id"] for line in lines] for lines in (whole, tiny)]
+        assert ids[1] == ids[0][:count]
 
 
 def test_the_papers_recipe_is_one():

@@ -30,25 +30,27 @@ class Source:
             last what the top layer gives. Zero at padding.
         mask: (batch, source length), True at tokens.
         target: (batch, target length), True at the target tokens that are fused.
-        now: how many of the last columns of `target` this call computes; the rest is in the cache. None = all.
+        span: first column of `target` that this call computes, and the one after the last; what is before it is in the
+            cache, what is after it comes later. None = all.
     """
 
     states: tuple[Tensor, ...]
     mask: Tensor
     target: Tensor
-    now: int | None = None
+    span: tuple[int, int] | None = None
     _places: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(batch, length) of the target tokens that this call computes."""
         rows, length = self.target.shape
-        return rows, length if self.now is None else self.now
+        start, stop = self.span or (0, length)
+        return rows, stop - start
 
     def repeated(self, times: int) -> Source:
         """Every row `times` times in succession, as beams are."""
         tensors = [tensor.repeat_interleave(times, 0) for tensor in (*self.states, self.mask, self.target)]
-        return Source(tuple(tensors[:-2]), tensors[-2], tensors[-1], self.now)
+        return Source(tuple(tensors[:-2]), tensors[-2], tensors[-1], self.span)
 
     def places(self, how: str) -> tuple[Tensor, Tensor]:
         """Which source token each target token is fused with.
@@ -71,8 +73,8 @@ class Source:
         there = self.target & ((rank < tokens) if how in ("position", "relative") else (tokens > 0))
         columns = self.mask.long().argsort(dim=1, descending=True, stable=True)  # the k-th token, wherever the padding
         index = columns.gather(1, rank.clamp(0, columns.shape[1] - 1))
-        start = index.shape[1] - self.shape[1]
-        return index[:, start:], there[:, start:]
+        now = slice(*(self.span or (0, None)))
+        return index[:, now], there[:, now]
 
 
 def aligned(source: Tensor, queries: Tensor, keys: Tensor, values: Tensor, record: Source, how: str):

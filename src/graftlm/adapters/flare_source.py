@@ -166,6 +166,11 @@ class SourceContext:
             )
         if given is None:
             return None
+        if getattr(model, "_is_replica", False):
+            raise SetupError(
+                "FLARE does not work in torch.nn.DataParallel: its copies of the model would take each other's source.",
+                fix="one process a GPU (torchrun, accelerate launch), or CUDA_VISIBLE_DEVICES=0",
+            )
         if source_input_ids is not None and source_states is not None:
             raise DataError("A source is read or given, not both.", found="source_input_ids and source_states")
         if any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)):
@@ -232,8 +237,8 @@ class SourceContext:
         now, length = tokens.shape[1], prompt.target.shape[1]
         if past >= length:
             return None
-        target = functional.pad(prompt.target, (0, max(0, past + now - length)))[:, : past + now]
-        return Source(prompt.states, prompt.mask, target, now)
+        target = functional.pad(prompt.target, (0, max(0, past + now - length)))
+        return Source(prompt.states, prompt.mask, target, (past, past + now))
 
     def _bind(self, model: nn.Module) -> None:
         """Layers that are computed again in the backward pass find the source of *this* call then."""
