@@ -8,6 +8,7 @@ where it is the wall's. Each row is written at once.
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from graftlm.measure.compiled import kernels
 from graftlm.measure.evidence import by_svd
 from graftlm.measure.logme import targets_of
 from graftlm.measure.mapped import MappedEvidence
@@ -138,6 +140,7 @@ def main() -> None:
     chosen = parser.parse_args()
     sizes = [tuple(map(int, size.split(","))) for size in chosen.sizes] if chosen.sizes else SIZES
     where = {"machine": f"{platform.machine()} CPU", "cores": chosen.cores, "numpy": np.__version__}
+    where |= {"numba": None if kernels() is None else importlib.metadata.version("numba")}
     with (
         tempfile.TemporaryDirectory() as folder,
         chosen.out.open("a", encoding="utf-8") as file,

@@ -28,8 +28,9 @@ NODES = np.cos(np.pi * (np.arange(12) + 0.5) / 12)
 FINE = np.linspace(-1, 1, 401)
 INTERPOLATE = chebvander(FINE, 11) @ np.linalg.inv(chebvander(NODES, 11))
 
-# h and R at many log t: of all columns (None), (points, targets) each; or at each log t of one column, (points, 1)
-Profile = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
+# h and R at many log t: at each of the column named for it, (points, 1); where none is named, of all, (points, targets)
+Profile = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+ALL = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def climb(
     step = grid[1] - grid[0]
     points, point_of = np.unique(peaks, return_inverse=True)
     centres = grid[1 + points]
-    near, _ = profile((centres[:, None] + step * NODES).ravel(), None)
+    near, _ = profile((centres[:, None] + step * NODES).ravel(), ALL)
     curves = near.reshape(len(points), len(NODES), -1)[point_of, :, columns] @ INTERPOLATE.T
     tops = np.clip(curves.argmax(axis=1), 1, len(FINE) - 2)
     left, centre, right = (curves[np.arange(len(tops)), tops + side] for side in (-1, 0, 1))
@@ -120,20 +121,20 @@ def by_svd(features: Float[np.ndarray, "n d"], targets: Float[np.ndarray, "n tar
     outside = ((targets - left @ projected) ** 2).sum(axis=0)
     profile = partial(_heights, values, projected**2, outside, rows)
     grid = grid_of(FLOOR * float(values[0]), float(values[0]))
-    where, highest, _ = climb(profile, grid, *profile(grid, None))
+    where, highest, _ = climb(profile, grid, *profile(grid, ALL))
     better = highest > silent
     heights[better], ratios[better] = highest[better], np.exp(where[better])
     return Evidence(per_row(heights, rows), ratios)
 
 
 def _heights(
-    values: np.ndarray, squares: np.ndarray, outside: np.ndarray, rows: int, at: np.ndarray, which: np.ndarray | None
+    values: np.ndarray, squares: np.ndarray, outside: np.ndarray, rows: int, at: np.ndarray, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """h and R from eigenvalues, and what of each column lies in their directions and outside."""
     t = np.exp(at)[:, None]
     shares = t / (t + values)
-    if which is None:
-        residual = shares @ squares + outside
-    else:
+    if len(which):
         residual = (shares * squares.T[which]).sum(axis=1, keepdims=True) + outside[which][:, None]
+    else:
+        residual = shares @ squares + outside
     return -rows * np.log(residual) - np.log1p(values / t).sum(axis=1)[:, None], residual

@@ -18,10 +18,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg import lapack
 
-from graftlm.measure.compiled import compiled_recurrences
-from graftlm.measure.evidence import Evidence, climb, grid_of, per_row
-
-_FLOOR = 1e-7  # of t: below it a Gram matrix has lost what the evidence depends on
+from graftlm.measure.compiled import kernels
+from graftlm.measure.evidence import ALL, GRAM_FLOOR, Evidence, climb, grid_of, per_row
 
 
 class Shifted:
@@ -47,7 +45,8 @@ class Shifted:
         share: Float[np.ndarray, "r targets"] | None = None,
     ):
         self.size = len(diagonal)
-        self._diagonal, self._core, self._share = diagonal, core, share
+        self._diagonal, self._core = diagonal, core
+        self._share = np.empty((len(core), 0)) if share is None else np.ascontiguousarray(share)
         self._beside = beside if self.size > 1 else None
         self._columns, self._update = columns, update
         wide = np.abs(beside) if beside is not None else np.zeros(self.size - 1)
@@ -55,7 +54,7 @@ class Shifted:
         self.largest = float(max(bound, 0.0))  # of the part without the update, whose digits are those of the part
         self.scale = self.largest + float(np.abs(core * (update.T @ update)).sum())
 
-    def at(self, t: np.ndarray, which: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, t: np.ndarray, which: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
         r"""log det(M + t), (T,), and c·(M + t)⁻¹c for many t.
 
         Of all right-hand sides: (T, targets); or at each t of the one that `which` says, (T, 1). NaN where rounding has
@@ -65,36 +64,28 @@ class Shifted:
         :math:`(c + UK)^\top (M + t)^{-1} (c + UK) = c^\top Sc - b^\top N^{-1}Cb + (2b + GK)^\top N^{-1}K`.
         """
         solve = self._through_eigenvalues if self._beside is None else self._through_pivots
+        which = np.ascontiguousarray(which)
         determinant, quadratic, across, inner = solve(t, which)
-        changed = self._core @ inner
-        changed[:, np.arange(len(self._core)), np.arange(len(self._core))] += 1
-        sign, more = np.linalg.slogdet(changed)
-        good = sign > 0
-        changed[~good] = np.eye(len(self._core))
-        right = self._core @ across
-        if self._share is None:
-            quadratic -= (across * np.linalg.solve(changed, right)).sum(axis=1)
-        else:
-            share = self._share if which is None else self._share.T[which][:, :, None]
-            share = np.broadcast_to(share, across.shape)
-            solved = np.linalg.solve(changed, np.concatenate([right, share], axis=2))
-            count = across.shape[2]
-            quadratic -= (across * solved[:, :, :count]).sum(axis=1)
-            quadratic += ((2 * across + inner @ share) * solved[:, :, count:]).sum(axis=1)
-        return np.where(good, determinant + more, np.nan), np.where(good[:, None], quadratic, np.nan)
+        update = compiled.updated if (compiled := kernels()) else _updated
+        more, added = update(self._core, self._share, across, inner, which)
+        return determinant + more, quadratic + added
 
-    def _through_eigenvalues(self, t: np.ndarray, which: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    def _through_eigenvalues(self, t: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, ...]:
         """log det, and cᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹c, Uᵀ(D + t)⁻¹U, of the diagonal part."""
+        update, columns = self._rows
+        if compiled := kernels():
+            return compiled.through_eigenvalues(self._diagonal, update, columns, self._products, t, which)
         shifted = self._diagonal + t[:, None]
-        weights, (update, columns) = 1 / shifted, self._rows
-        inner = (weights @ self._products.T)[:, _places(len(update))]
-        if which is None:
-            across = (weights @ self._products_with_columns.T).reshape(len(t), len(update), -1)
-            quadratic = weights @ (columns**2).T
-        else:
+        weights, places = 1 / shifted, _places(len(update))
+        pairs = places[-1, -1] + 1
+        inner = (weights @ self._products[:pairs].T)[:, places]
+        if len(which):
             mine = weights * columns[which]
             across = (mine @ update.T)[:, :, None]
             quadratic = (mine * columns[which]).sum(axis=1, keepdims=True)
+        else:
+            across = (weights @ self._products[pairs:].T).reshape(len(t), len(update), -1)
+            quadratic = weights @ (columns**2).T
         return np.log(shifted).sum(axis=1), quadratic, across, inner
 
     @cached_property
@@ -104,35 +95,30 @@ class Shifted:
 
     @cached_property
     def _products(self) -> np.ndarray:
-        """Of each pair of columns of U; row `_places[i, j]` holds that of i and j."""
-        update, _ = self._rows
-        return np.concatenate([row * update[number:] for number, row in enumerate(update)])
-
-    @cached_property
-    def _products_with_columns(self) -> np.ndarray:
+        """Of each pair of columns of U, where row `_places[i, j]` holds that of i and j; and of each with each of c."""
         update, columns = self._rows
-        return (update[:, None] * columns).reshape(-1, self.size)
+        if compiled := kernels():
+            return compiled.products(update, columns)
+        pairs = [row * update[number:] for number, row in enumerate(update)]
+        return np.concatenate([*pairs, *(row * columns for row in update)])
 
-    def _through_pivots(self, t: np.ndarray, which: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    def _through_pivots(self, t: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, ...]:
         """The same of the tridiagonal part."""
-        sides = np.ascontiguousarray(self._columns if which is None else self._columns[:, which])
-        update = np.ascontiguousarray(self._update)
-        if recurrences := compiled_recurrences():
-            found = recurrences(self._diagonal, self._beside, sides, update, t, which is not None)
-            determinant, quadratic, across, inner = (np.ascontiguousarray(np.moveaxis(one, -1, 0)) for one in found)
-            return determinant, quadratic, across, inner
-        count, ranks = (sides.shape[1] if which is None else 1), update.shape[1]
+        columns, update = np.ascontiguousarray(self._columns), np.ascontiguousarray(self._update)
+        if compiled := kernels():
+            return compiled.through_pivots(self._diagonal, self._beside, update, columns, t, which)
+        count, ranks = (1 if len(which) else columns.shape[1]), update.shape[1]
         determinant, quadratic = np.empty(len(t)), np.empty((len(t), count))
         against = np.empty((len(t), ranks, count + ranks))
         for number, one in enumerate(t):
-            columns = sides if which is None else sides[:, [number]]
+            sides = columns[:, which[[number]]] if len(which) else columns
             pivots, factor, failed = lapack.dpttrf(self._diagonal + one, self._beside)
             if failed:
                 determinant[number] = quadratic[number] = against[number] = np.nan
                 continue
-            solved, _ = lapack.dpttrs(pivots, factor, np.column_stack([columns, update]))
+            solved, _ = lapack.dpttrs(pivots, factor, np.column_stack([sides, update]))
             determinant[number] = np.log(pivots).sum()
-            quadratic[number] = np.einsum("ij,ij->j", columns, solved[:, :count])
+            quadratic[number] = np.einsum("ij,ij->j", sides, solved[:, :count])
             against[number] = update.T @ solved
         return determinant, quadratic, against[:, :, :count], against[:, :, count:]
 
@@ -143,6 +129,26 @@ def _places(ranks: int) -> np.ndarray:
     places = np.empty((ranks, ranks), int)
     places[rows, others] = places[others, rows] = np.arange(len(rows))
     return places
+
+
+def _updated(
+    core: np.ndarray, share: np.ndarray, across: np.ndarray, inner: np.ndarray, which: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`compiled.updated` without numba."""
+    changed = core @ inner
+    changed[:, np.arange(len(core)), np.arange(len(core))] += 1
+    sign, determinant = np.linalg.slogdet(changed)
+    good, count = sign > 0, across.shape[2]
+    changed[~good] = np.eye(len(core))
+    right = core @ across
+    if share.shape[1]:
+        share = np.broadcast_to(share.T[which][:, :, None] if len(which) else share, across.shape)
+        right = np.concatenate([right, share], axis=2)
+    solved = np.linalg.solve(changed, right)
+    added = -(across * solved[:, :, :count]).sum(axis=1)
+    if share.shape[1]:
+        added += ((2 * across + inner @ share) * solved[:, :, count:]).sum(axis=1)
+    return np.where(good, determinant, np.nan), np.where(good[:, None], added, np.nan)
 
 
 def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: int, *, dual: bool) -> Evidence:
@@ -157,9 +163,9 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
     heights, ratios = silent.copy(), np.full(len(squares), np.inf)
     if not 0 < shifted.largest <= shifted.scale < np.inf:
         return Evidence(per_row(heights, rows), ratios, np.inf)
-    grid = grid_of(_FLOOR * shifted.largest, shifted.scale)
+    grid = grid_of(GRAM_FLOOR * shifted.largest, shifted.scale)
     profile = functools.partial(_heights, shifted, squares, rows, dual)
-    values, residuals = profile(grid, None)
+    values, residuals = profile(grid, ALL)
     if not np.isfinite(values).all() or (values[0] >= values[1]).any():
         return Evidence(per_row(heights, rows), ratios, np.inf)  # a peak below the floor
     where, highest, residual = climb(profile, grid, values, residuals)
@@ -173,11 +179,11 @@ def maximised(shifted: Shifted, squares: Float[np.ndarray, " targets"], rows: in
 
 
 def _heights(
-    shifted: Shifted, squares: np.ndarray, rows: int, dual: bool, at: np.ndarray, which: np.ndarray | None
+    shifted: Shifted, squares: np.ndarray, rows: int, dual: bool, at: np.ndarray, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """h and R at many log t: of all columns, or at each of one."""
     t = np.exp(at)
-    chosen = squares if which is None else squares[which][:, None]
+    chosen = squares[which][:, None] if len(which) else squares
     determinant, quadratic = shifted.at(t, which)
     residual = t[:, None] * quadratic if dual else chosen - quadratic
     least = np.finfo(float).eps * chosen  # what is smaller has no digit left, and `lost` says so
