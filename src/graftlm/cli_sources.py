@@ -30,7 +30,7 @@ def rank(
     task: Annotated[str | None, typer.Option(help="classification or regression; what labels look like.")] = None,
     encode: Annotated[bool, typer.Option("--encode", help="Number labels that are strings.")] = False,
     method: Annotated[str, typer.Option(help="esm-logme, or size.")] = "esm-logme",
-    precision: Annotated[str, typer.Option(help="float64, or float32: 1.4 to 1.7 times as fast.")] = "float64",
+    precision: Annotated[str, typer.Option(help="float64, or float32: 1.2 to 2 times as fast.")] = "float64",
     threads: Annotated[int | None, typer.Option(help="Maps scored at once.  [default: one a core]")] = None,
     device: Annotated[
         str | None,

@@ -27,7 +27,7 @@ def logme(features: Any, labels: Any, *, task: str = "classification", precision
             occur are no classes). Regression: n numbers, or n × C.
         task: ``classification`` or ``regression``.
         precision: ``float64``: within 1e-8 of the exact maximum. ``float32``: the O(d³) work in single precision,
-            1.4 to 1.7 times as fast; within 1e-4, and where rounding could cost more, float64 is taken.
+            1.2 to 2 times as fast; within 1e-4, and where rounding could cost more, float64 is taken.
 
     Raises:
         DataError: features or labels of another shape, empty, infinite, NaN or not numeric; labels with one class, or

@@ -60,7 +60,7 @@ def rank_source_tasks(
         models: name → model fine-tuned on a source task (folder, hub id, or model in memory).
         sources: name → texts of a source task.
         task: ``classification`` or ``regression``; None: what the labels look like.
-        precision: of esm-logme. ``float32`` is 1.4 to 1.7 times as fast: scores are within 1e-4, and the best 50 are
+        precision: of esm-logme. ``float32`` is 1.2 to 2 times as fast: scores are within 1e-4, and the best 50 are
             scored again in float64.
         threads: of esm-logme: maps that are scored at once; None: one a core.
         device: where a model that is loaded here goes and where maps are scored: ``cpu``, ``cuda``, ``cuda:1`` … On a
