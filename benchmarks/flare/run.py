@@ -3,7 +3,6 @@
     python benchmarks/flare/run.py --data DATA [--work FOLDER] [--set primary] [--shard i/n]
     python benchmarks/flare/run.py [--set primary]                      the tables, from rows that are there
     python benchmarks/flare/run.py --data DATA --scale smoke            every set, tiny: does all of it go through?
-    python benchmarks/flare/run.py --data DATA --scale cost             one run of each arm, for its seconds
 
 DATA holds `multilingual/sib200_topic/` and, for the set `gloss`, `parallel_text/tatoeba_eng/`. Resumable: what is
 finished is not repeated. Start it once per core with --shard 1/2, 2/2: the processes divide the folds.
@@ -42,7 +41,6 @@ STUDY = Scale()
 SCALES = {
     "study": STUDY,
     "smoke": Scale(("dan",), folds=1, seeds=1, rates=(1e-3,), epochs=1, rows=64),
-    "cost": Scale(("dan",), folds=1, seeds=1, rates=(1e-3,)),
 }
 
 LORA = {"method": "lora", "r": 8, "alpha": 16}
@@ -55,6 +53,11 @@ RIVALS = {
 MEAN = "mean of two models' logits"
 STEP_1 = "english"
 # name → (what is read, the adapter, the column of the source)
+EXPLORED = {
+    **{f: ("fused", FLARE | {"fusion": f}, "english") for f in ("add", "mul", "mul_relu", "cross_attention")},
+    "same layer": ("fused", FLARE | {"source_layer": "same"}, "english"),
+    **{a: ("fused", FLARE | {"align": a}, "english") for a in ("relative", "pooled", "attention")},
+}
 SETS = {
     "primary": {"FLARE": ("fused", FLARE, "english"), **RIVALS},
     "gloss": {
@@ -68,14 +71,8 @@ SETS = {
         "another sentence as source": ("fused", FLARE, "shuffled"),
         "target as source": ("fused", FLARE, "itself"),
     },
-    "exploratory": {
-        "FLARE": ("fused", FLARE, "english"),
-        **{f: ("fused", FLARE | {"fusion": f}, "english") for f in ("add", "mul", "mul_relu", "cross_attention")},
-        "same layer": ("fused", FLARE | {"source_layer": "same"}, "english"),
-        **{a: ("fused", FLARE | {"align": a}, "english") for a in ("relative", "pooled", "attention")},
-    },
+    "exploratory": {"FLARE": ("fused", FLARE, "english"), **EXPLORED},
 }
-
 
 _ROWS: dict[str, dict] = {}  # name → row, as far as they were read
 

@@ -163,11 +163,10 @@ def test_the_table_follows_from_the_rows(tmp_path):
     assert shown == sorted(set(tables) - {"FLARE"}, key=lambda name: -tables[name].mean())
 
 
-def test_the_tiny_scales_are_a_part_of_the_study(data, tmp_path):
-    for name in ("smoke", "cost"):
-        scale = driver.SCALES[name]
-        assert set(scale.languages) <= set(driver.LANGUAGES) and set(scale.rates) <= set(driver.STUDY.rates)
-        assert scale.folds == scale.seeds == 1
+def test_the_tiny_scale_is_a_part_of_the_study(data, tmp_path):
+    scale = driver.SCALES["smoke"]
+    assert set(scale.languages) <= set(driver.LANGUAGES) and set(scale.rates) <= set(driver.STUDY.rates)
+    assert scale.folds == scale.seeds == 1
     driver.write_folds(data, tmp_path / "whole")
     driver.write_folds(data, tmp_path / "tiny", driver.Scale(("dan",), folds=1, rows=8))
     assert [folder.name for folder in (tmp_path / "tiny").iterdir() if folder.is_dir()] == ["1"]
@@ -177,6 +176,18 @@ def test_the_tiny_scales_are_a_part_of_the_study(data, tmp_path):
         )
         ids = [[json.loads(line)["id"] for line in lines] for lines in (whole, tiny)]
         assert ids[1] == ids[0][:count]
+
+
+def test_the_arms_that_are_priced_are_those_of_the_study(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "run", driver)
+    cost = module("cost")
+    assert set(driver.SETS["primary"]) <= set(cost.ARMS)
+    driver.write_folds(data, tmp_path / "folds")
+    (tmp_path / "recipe.yaml").write_bytes((FOLDER / "recipe.yaml").read_bytes())
+    for name, parts in cost.ARMS.items():
+        recipe = driver.arm(tmp_path, tmp_path, parts, "eng" if name == "step 1" else "dan", 1, 0, 1e-3)
+        assert len(load_pairs(recipe, recipe.data.train, "train")) == 30
+        assert getattr(recipe.adapter, "source_cache", False) == (name == "FLARE, cached")
 
 
 def test_the_papers_recipe_is_one():
