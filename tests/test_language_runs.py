@@ -11,10 +11,12 @@ import torch
 from raw import chain
 from small import classification_rows, small_recipe, write_rows
 from tiny import tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 import graftlm.prepare
 from graftlm.check import check
-from graftlm.errors import DataError, ModelError, RecipeError
+from graftlm.cli import app
+from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
 from graftlm.language_runs import language_runs, placed
@@ -182,12 +184,17 @@ def test_another_text_or_other_settings_are_errors_that_name_the_language(made):
     assert not runner.finished(small_recipe(made)), "a study's run complains as well"
 
 
-def test_before_the_training_check_says_what_to_type(tmp_path):
+def test_before_the_training_check_shows_what_is_trained_first(tmp_path):
     folder = write_folder(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"^recipe\.yaml:13: the language adapter is not trained yet(.|\n)*graftlm train RECIPE"
-    ):
-        check(small_recipe(folder))
+    found = check(small_recipe(folder))
+    alone = check(small_recipe(folder, "adapter.language_adapters={}"))
+    assert found.steps == 2 and found.layers == alone.layers
+    languages = {tag: check(one) for tag, one in language_runs(small_recipe(folder)).items()}
+    assert list(found.language_adapters) == list(languages) == list(TAGS)
+    for tag, one in found.language_adapters.items():
+        assert (one.layers, one.steps, one.texts) == (languages[tag].layers, languages[tag].steps, languages[tag].texts)
+    shown = CliRunner().invoke(app, ["check", str(folder / "recipe.yaml")])
+    assert shown.exit_code == 0 and "language adapters, trained first" in shown.output
     assert not (folder / "runs").exists()
     assert not language_runs(small_recipe(folder, "adapter.language_adapters={}")), "the task adapter alone"
 

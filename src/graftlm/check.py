@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from graftlm.adapters.flare_source import places_of
 from graftlm.data import Split
+from graftlm.language_runs import unfinished
 from graftlm.measure.likelihood import IGNORED
 from graftlm.neutral_run import PenaltySize, penalty_size
 from graftlm.prepare import Prepared, prepare
@@ -67,6 +68,8 @@ class Check:
         size: of neutral residues: hidden units of a block, added parameters and what they are a share of; else None.
         penalty: of neutral residues: the penalty beside the loss; None without one.
         source_cache_bytes: of FLARE with a source cache: what it will take on disk. The step above is one without it.
+        language_adapters: of MAD-X: language → the check of its own run, for those that are trained first. The rest is
+            then that of the task adapter without any below it.
     """
 
     recipe: str
@@ -87,6 +90,7 @@ class Check:
     size: dict[str, Any] | None = None
     penalty: PenaltySize | None = None
     source_cache_bytes: int | None = None
+    language_adapters: dict[str, "Check"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -100,6 +104,9 @@ def check(recipe: Recipe) -> Check:
         GraftError: whatever would stop the run.
     """
     bare = recipe.changed("adapter.source_cache=false") if recipe.adapter.source_cache else recipe
+    first = {language: check(one) for language, one in unfinished(recipe).items()}
+    if first:
+        bare = bare.changed("adapter.language_adapters={}")
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(bare, Path(folder), progress=False)
         loss, seconds = _one_step(prepared)
@@ -134,6 +141,7 @@ def check(recipe: Recipe) -> Check:
         size=model.active_peft_config.size if recipe.adapter.method == "neutral_residues" else None,
         penalty=penalty,
         source_cache_bytes=_source_cache_bytes(recipe, prepared) if recipe.adapter.source_cache else None,
+        language_adapters=first,
     )
 
 

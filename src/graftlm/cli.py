@@ -137,6 +137,8 @@ def _show_check(found: "Check") -> None:
     out.print("[bold]recipe[/], with where each value came from")
     out.print(found.recipe, highlight=False, markup=False)
 
+    if found.language_adapters:
+        _show_languages(found.language_adapters)
     table = Table(title="trainable parameters, bottom first", title_justify="left")
     table.add_column("layer")
     table.add_column("parameters", justify="right")
@@ -183,6 +185,17 @@ def _show_check(found: "Check") -> None:
     if found.openings:
         steps = ", ".join(f"{step}: {' '.join(names) if names else 'largest tr(F)'}" for step, names in found.openings)
         out.print(f"opens at:  {steps}", highlight=False, markup=False)
+
+
+def _show_languages(found: "dict[str, Check]") -> None:
+    table = Table(title="language adapters, trained first; what follows is without them", title_justify="left")
+    for column in ("language", "documents", "tokens a word", "unknown", "parameters", "steps", "estimate"):
+        table.add_column(column, justify="left" if column == "language" else "right")
+    for language, one in found.items():
+        text, parameters = one.texts[0], sum(one.layers.values())
+        cells = (str(text.items), f"{text.tokens_per_word:.2f}", f"{text.unknown:.2%}", f"{parameters:,}")
+        table.add_row(language, *cells, str(one.steps), _duration(one.train_seconds))
+    out.print(table)
 
 
 def _duration(seconds: float) -> str:

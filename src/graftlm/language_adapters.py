@@ -7,7 +7,7 @@ import peft
 from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.adapters.stack import stack
 from graftlm.errors import DataError, ModelError
-from graftlm.language_runs import language_runs, placed
+from graftlm.language_runs import placed
 from graftlm.recipe import Recipe
 
 TASK = "default"  # PEFT's name of a model's first adapter, here the task's
@@ -23,17 +23,9 @@ def add(model: peft.PeftModel, recipe: Recipe) -> None:
     """Loads every language adapter of the recipe beside the task adapter, and puts that of the source below it.
 
     Raises:
-        ModelError: there is no adapter where the recipe says or none yet, one of another method, or one that does not
-            fit.
+        ModelError: there is no adapter where the recipe says, one of another method, or one that does not fit.
         SetupError: the language adapters are of another kind than the task adapter.
     """
-    for language, run in language_runs(recipe).items():
-        if not (run.folder / ADAPTER / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{recipe.origin(f'adapter.language_adapters.{language}')}: the language adapter is not trained yet",
-                found=run.folder,
-                fix="graftlm train RECIPE trains it first",
-            )
     recipe = placed(recipe)
     for language in recipe.adapter.language_adapters:
         where = _locate(recipe, language)

@@ -11,6 +11,7 @@ from typing import Any
 
 from graftlm import yaml_lines
 from graftlm.errors import GraftError, RecipeError
+from graftlm.evaluation.result import FILE as RESULT
 from graftlm.recipe import Recipe, load_recipe, shipped
 from graftlm.recipe_adapter import LanguageText
 
@@ -36,6 +37,11 @@ def language_runs(recipe: Recipe) -> dict[str, Recipe]:
     except RecipeError as error:
         raise _of(error, f"{recipe.origin(_SETTINGS)}: {_SETTINGS}") from error
     return {tag: base.changed(*_overrides(recipe, tag, text)) for tag, text in texts.items()}
+
+
+def unfinished(recipe: Recipe) -> dict[str, Recipe]:
+    """Those that a run of the recipe would begin with."""
+    return {tag: one for tag, one in language_runs(recipe).items() if not (one.folder / RESULT).is_file()}
 
 
 def placed(recipe: Recipe) -> Recipe:

@@ -26,7 +26,7 @@ from graftlm.evaluation.result import Cost, Licences, Result, Score
 from graftlm.fingerprint import changed_files, write_digests
 from graftlm.folder import RESOLVED, load, save
 from graftlm.hub import licences, push
-from graftlm.language_runs import language_runs, trained
+from graftlm.language_runs import trained, unfinished
 from graftlm.neutral_run import write_gates
 from graftlm.prepare import (
     CHECKPOINTS,
@@ -152,7 +152,7 @@ def evaluate(folder: Path, tests: Mapping[str, str] | None = None, *, progress: 
 
 def _languages_first(recipe: Recipe, *, progress: bool) -> Recipe:
     """The recipe over trained language adapters; what would stop its own run is found before they are begun."""
-    if not all((one.folder / RESULT).is_file() for one in language_runs(recipe).values()):
+    if unfinished(recipe):
         with tempfile.TemporaryDirectory() as nowhere:
             prepare(recipe.changed("adapter.language_adapters={}"), Path(nowhere), progress=False)
     return trained(recipe, lambda one: run_recipe(one, progress=progress))
