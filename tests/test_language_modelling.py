@@ -248,6 +248,20 @@ def test_check_shows_the_text_and_one_example(made, tmp_path):
     assert all(any(label != IGNORED for label in window.labels) for window in scored)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_check_takes_its_step_in_the_precision_of_the_run(precision, made, monkeypatch):
+    seen: list[bool] = []
+    forward = torch.nn.Linear.forward
+
+    def watched(self, given):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, given)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    check(raw_recipe(made, f"training.precision={precision}", "training.arguments={use_cpu: true}"))
+    assert seen and set(seen) == {precision == "bf16"}
+
+
 def test_check_counts_hidden_tokens_too(tmp_path):
     found = check(raw_recipe(raw_folder(tmp_path, "masked_lm", "bert")))
     assert {one.tokens_per_word for one in found.texts} == {1}

@@ -212,7 +212,7 @@ def _one_step(prepared: Prepared) -> tuple[float, float]:
     inputs = {key: value.to(trainer.args.device) for key, value in next(iter(trainer.get_train_dataloader())).items()}
     for _ in range(2):
         began = time.perf_counter()
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, dict(inputs))  # Trainer takes the labels out
         loss.backward()
         if trainer.args.device.type == "cuda":

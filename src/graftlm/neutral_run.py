@@ -95,7 +95,7 @@ def _gradients(
     model.zero_grad()
     losses, terms = [], []
     for batch in batches:
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, {key: value.to(trainer.args.device) for key, value in batch.items()})
         (loss / len(batches)).backward()
         losses.append(float(loss.detach()))
