@@ -174,3 +174,15 @@ def test_the_papers_settings_are_the_papers():
     training = recipe.training
     assert (training.epochs, training.batch_size, training.learning_rate, training.weight_decay) == (3, 32, 2e-5, 0.01)
     assert (training.max_length, build.settings.max_texts) == (128, 10_000)
+
+
+def test_the_readme_shows_the_tables_of_the_rows(study, monkeypatch):
+    _, table = study
+    monkeypatch.setattr(table, "DRAWS", 1)  # of the random ranker, whose lines are left out: they take a minute
+    rows = {
+        name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("cells", "scores")
+    }
+    shown = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for line in filter(None, table.table(**rows).splitlines()):
+        assert line in shown or line.startswith("| random")
