@@ -1,13 +1,11 @@
 """FLARE on two processes, each with its half of a batch, must end where one process ends on the whole of it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapters.flare_ddp import JOBS, rows, run
+from processes import launch
 from small import save_model, write_rows
 
 SCRIPT = Path(__file__).with_name("flare_ddp.py")
@@ -45,18 +43,9 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = folder_of(tmp_path_factory.mktemp("pair"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    found = launch(SCRIPT, folder, 2)
     assert len(list((folder / "cache").iterdir())) == 1, "one process writes the cache, the other one reads it"
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return found
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -1,12 +1,10 @@
 """Rankings with maps scored in batches: those of threads, whatever is in a batch; on a GPU, where there is one."""
 
-import gc
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from sources.held import count_held
 from sources.test_rank import WIDTH, maps, rows
 
 from graftlm import EmbeddingSpaceMap, SetupError, SourcePool
@@ -99,18 +97,7 @@ def test_what_cannot_be_read_is_named(pool, features, target):
 
 
 def test_two_batches_of_maps_are_in_memory_at_most(pool, features, target, monkeypatch):
-    alive: list[weakref.ref] = []
-    most = []
-    load = SourcePool.load
-
-    def watched(self, name):
-        gc.collect(0)
-        most.append(sum(one() is not None for one in alive))
-        esm = load(self, name)
-        alive.append(weakref.ref(esm))
-        return esm
-
-    monkeypatch.setattr(SourcePool, "load", watched)
+    most = count_held(monkeypatch)
     rank_maps(pool, features, target, maps_at_once=3)
     assert len(most) == 18 and max(most) <= 6
 

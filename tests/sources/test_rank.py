@@ -1,13 +1,12 @@
 """Rankings against the plain score of each mapped embedding; what is skipped; what is refused."""
 
-import gc
 import json
 import random
-import weakref
 
 import datasets
 import numpy as np
 import pytest
+from sources.held import count_held
 from tiny import tiny_model, tiny_tokenizer
 
 import graftlm
@@ -149,18 +148,7 @@ def test_what_cannot_be_scored_is_named_and_counted(embedder, tmp_path):
 def test_few_maps_are_in_memory_at_a_time(threads, held, tmp_path, monkeypatch):
     pool = SourcePool.create(tmp_path / "pool", base_model="org/base", width=WIDTH)
     pool.add_all(maps(18))
-    alive: list[weakref.ref] = []
-    most = []
-    load = SourcePool.load
-
-    def watched(self, name):
-        gc.collect(0)
-        most.append(sum(one() is not None for one in alive))
-        esm = load(self, name)
-        alive.append(weakref.ref(esm))
-        return esm
-
-    monkeypatch.setattr(SourcePool, "load", watched)
+    most = count_held(monkeypatch)
     target = read_target(rows(), "text", "label")
     rank_maps(pool, np.random.default_rng(0).normal(size=(60, WIDTH)), target, threads=threads)
     assert len(most) == 18 and max(most) <= held

@@ -1,36 +1,18 @@
 """Two processes must end where one process ends on the same batches, and must open the same layers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 
 
-def launch(folder, processes, *more):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    (results,) = launch(tmp_path_factory.mktemp("alone"), 1)
+    (results,) = launch(SCRIPT, tmp_path_factory.mktemp("alone"), 1)
     return results
 
 
@@ -41,12 +23,12 @@ def pair_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(pair_folder):
-    return launch(pair_folder, 2)
+    return launch(SCRIPT, pair_folder, 2)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("sharded"), 2, "fsdp2")
+    return launch(SCRIPT, tmp_path_factory.mktemp("sharded"), 2, "fsdp2")
 
 
 @pytest.mark.parametrize("kind", ["pair", "sharded"])

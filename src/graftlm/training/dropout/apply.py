@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,17 @@ def set_rates(
     before = [(site, site.value, site.rate) for block in blocks for site in block.sites]
     was_gaussian = any(isinstance(value, GaussianDropout) for _, value, _ in before)
     attention = [site for block in blocks for site in block.sites if _in_kernel(site)]
-    try:
+
+    def restore() -> None:
+        for site, value, rate in before:
+            _put(site, value)
+            if is_dropout(value):
+                value.p = rate
+        if not was_gaussian:
+            use_usual_attention(backbone)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
         for block in blocks:
             for site in block.sites:
                 _set(site, rates[block.name], noise)
@@ -120,14 +130,7 @@ def set_rates(
         measured = _measure(backbone, blocks, noise) if verify else {}
         if verify:
             _compare(blocks, rates, measured, noise)
-    except Exception:
-        for site, value, rate in before:
-            _put(site, value)
-            if is_dropout(value):
-                value.p = rate
-        if not was_gaussian:
-            use_usual_attention(backbone)
-        raise
+        undo.pop_all()
     old = {site.path: rate for site, _, rate in before}
     return Applied(
         tuple(
