@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from small import write_rows
 
-from graftlm.data import Answers, Labels, load_split, starter_path
+from graftlm.data import Answers, Labels, load_split
 from graftlm.errors import DataError
 from graftlm.recipe import Recipe, Source, load_recipe
+from graftlm.starter import starter_path
 
 TEXTS = ["a plain text", 'a "quoted", text', "Ünïcödé\u2028 – 多语言"]
 ROWS = [{"text": text, "label": label} for text, label in zip(TEXTS, ["yes", "no", "yes"], strict=True)]

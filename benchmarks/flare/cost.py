@@ -34,11 +34,11 @@ class Arm:
     def __init__(self, work: Path, name: str):
         import torch
 
-        from graftlm.data import starter_path
         from graftlm.prepare import prepare
+        from graftlm.starter import starter_model
 
         tag = "eng" if name == "step 1" else "dan"
-        recipe = arm(work, starter_path("encoder"), ARMS[name], tag, 1, 0, STUDY.rates[0])
+        recipe = arm(work, starter_model("starter"), ARMS[name], tag, 1, 0, STUDY.rates[0])
         began = time.process_time()
         self.prepared = prepare(recipe, work / "arms" / name, progress=False)
         self.loading = time.process_time() - began

@@ -22,12 +22,12 @@ import transformers
 from scipy.stats import kendalltau
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from graftlm.data import starter_path
 from graftlm.measure.statistics import crossed, estimate, holm, resample_items, seed_weights
+from graftlm.starter import starter_model
 from graftlm.training.dropout.guided import GuidedDropout
 
 HERE = Path(__file__).parent
-STARTER = starter_path("encoder")
+STARTER = starter_model("starter")
 CANDIDATES = ("sst2", "trec", "subj", "cola", "ag_news", "sib200")
 RATES = (1.5e-4, 5e-4)
 PRIMARY, SECONDARY, EXPLORATORY = ("guided", "shuffled"), ("usual", "uniform", "none"), ("reversed", "type")

@@ -15,15 +15,15 @@ from peft import get_peft_model
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from graftlm import BottleneckConfig
-from graftlm.data import starter_path
 from graftlm.evaluation.bits_per_byte import token_losses
 from graftlm.language_modelling import logits_at
+from graftlm.starter import starter_model
 
 ROWS, TOKENS, SHARE = 8, 128, 0.15
 
 
 def encoders():
-    yield "starter", lambda: AutoModelForMaskedLM.from_pretrained(starter_path("encoder"))
+    yield "starter", lambda: AutoModelForMaskedLM.from_pretrained(starter_model("starter"))
     yield "BERT-base's shape", lambda: BertForMaskedLM(BertConfig())
 
 

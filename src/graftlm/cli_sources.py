@@ -83,10 +83,10 @@ def rank(
 
 def _starter(**embedding: Any) -> "Embedder":
     """The shipped encoder, under the name that pools know it by."""
-    from graftlm.data import starter_path
     from graftlm.sources.embed import Embedder
+    from graftlm.starter import starter_model
 
-    found = Embedder(str(starter_path("encoder")), progress=True, **embedding)
+    found = Embedder(str(starter_model("starter")), progress=True, **embedding)
     found.name = "starter"
     return found
 

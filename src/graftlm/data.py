@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import DataError
 from graftlm.recipe import FILE_TYPES, LANGUAGE_MODELLING, Data, Recipe, Source, key_of
+from graftlm.starter import STARTER, starter_path
 
-STARTER = "starter:"
 HUB_SPLITS = {"train": "train", "mixing": "train", "dev": "validation", "test": "test"}
 Row = dict[str, Any]
 
@@ -161,15 +160,6 @@ def load_texts(recipe: Recipe, source: Source, column: str) -> list[str]:
     return [plain_text(text, place, column) for place, text in found if not isinstance(text, str) or text.strip()]
 
 
-def starter_path(text: str) -> Path:
-    """The file or folder behind `starter:…`, or behind `starter` itself."""
-    root = Path(str(resources.files("graftlm"))) / "starter"
-    path = (root / text.removeprefix(STARTER).lstrip("/")).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise DataError("a starter: path leads out of the starter kit", found=text)
-    return path
-
-
 def read_rows(recipe: Recipe, source: Source, role: str) -> tuple[str, Sequence[Row], tuple[str, ...] | None]:
     """(name for errors, rows, declared label names)."""
     if not source.path.startswith(STARTER) and not source.is_file():
@@ -183,7 +173,7 @@ def file_of(recipe: Recipe, source: Source, role: str, allowed: tuple[str, ...] 
     path = starter_path(source.path) if source.path.startswith(STARTER) else recipe.path(source.path)
     refuse_hub_keys(source)
     if not path.is_file():
-        kit = starter_path("")
+        kit = starter_path()
         files = (file for file in kit.rglob("*") if file.name.endswith(FILE_TYPES))
         shipped = sorted(f"{STARTER}{file.relative_to(kit).as_posix()}" for file in files)
         raise DataError(

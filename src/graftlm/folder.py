@@ -18,11 +18,11 @@ from graftlm import language_adapters, source_encoder
 from graftlm import recipe as recipes
 from graftlm.adapted import Loaded, with_adapter
 from graftlm.architectures import describe
-from graftlm.data import starter_path
 from graftlm.errors import DataError, GraftError, ModelError
 from graftlm.language_adapters import ADAPTER
 from graftlm.new_tokens import extend_model
 from graftlm.recipe import Recipe
+from graftlm.starter import MODELS, starter_model
 from graftlm.tasks import Task, check_length, task_for
 
 MODEL, MERGED = "model", "merged"
@@ -30,16 +30,13 @@ RESOLVED = "recipe.resolved.yaml"
 
 
 def locate(recipe: Recipe) -> str:
-    """What `from_pretrained` is given: a folder for `starter` and for local models, else the hub id.
+    """What `from_pretrained` is given: a folder for the shipped and for local models, else the hub id.
 
     Raises:
         ModelError: a local path without a model.
     """
-    if recipe.model == "starter":
-        folder = starter_path("encoder")
-        if not (folder / "config.json").is_file():
-            raise ModelError("the starter encoder is not in this installation", found=folder, fix="reinstall graftlm")
-        return str(folder)
+    if recipe.model in MODELS:
+        return str(starter_model(recipe.model))
     local = recipe.path(recipe.model)
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -49,7 +46,7 @@ def locate(recipe: Recipe) -> str:
         raise ModelError(
             f"{recipe.origin('model')}: there is no such model folder",
             found=local,
-            allowed="starter, a local folder (relative to the recipe), or a hub id OWNER/NAME",
+            allowed=f"{', '.join(MODELS)}, a local folder (relative to the recipe), or a hub id OWNER/NAME",
         )
     return recipe.model
 

@@ -8,11 +8,11 @@ import huggingface_hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from graftlm.data import STARTER, starter_path
 from graftlm.errors import ModelError
 from graftlm.folder import MODEL, RESOLVED, locate
 from graftlm.language_adapters import ADAPTER
 from graftlm.recipe import Recipe
+from graftlm.starter import STARTER, starter_path
 
 
 def licences(recipe: Recipe) -> dict[str, str | None]:

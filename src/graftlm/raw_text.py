@@ -22,12 +22,13 @@ import pyarrow
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from graftlm.data import STARTER, Split, cell, file_of, from_hub, open_text, plain_text, read_file, refuse_hub_keys
+from graftlm.data import Split, cell, file_of, from_hub, open_text, plain_text, read_file, refuse_hub_keys
 from graftlm.errors import DataError
 from graftlm.evaluation.bits_per_byte import AS_TEXT, Marks, causal_pieces, check_document, gaps, marks
 from graftlm.evaluation.record import write_text
 from graftlm.measure.likelihood import IGNORED
 from graftlm.recipe import FILE_TYPES, TEXT_TYPES, Recipe, Source, key_of
+from graftlm.starter import STARTER
 from graftlm.training.dropout.texts import KEPT, REPLACED
 
 _CHARACTERS = 200_000  # of documents that are tokenised at once

@@ -25,6 +25,7 @@ from graftlm.recipe_adapter import FILE_TYPES as FILE_TYPES
 from graftlm.recipe_adapter import TEXT_TYPES as TEXT_TYPES
 from graftlm.recipe_adapter import Adapter, Count, Language, Part, Positive, Share, relocate
 from graftlm.recipe_adapter import Source as Source
+from graftlm.starter import MODELS
 
 TaskName = Literal[
     "classification",
@@ -202,7 +203,7 @@ class Recipe(Part):
     """One run, every value set; made by `load_recipe`."""
 
     name: str = Field(pattern=_FOLDER_NAME, description="folder name under output.folder")
-    model: str = Field("starter", min_length=1, description="starter, a hub id, or a local folder")
+    model: str = Field("starter", min_length=1, description="starter, starter-decoder, a hub id, or a local folder")
     task: TaskName = "classification"
     source: Language = Field("eng", description="language tag of the training text")
     data: Data
@@ -297,7 +298,7 @@ class Recipe(Part):
             return Path(os.path.relpath(local, folder)).as_posix() if there else path
 
         values = self.values()
-        values["model"] = move(self.model) if self.model != "starter" else self.model
+        values["model"] = self.model if self.model in MODELS else move(self.model)
         data, dropout = values["data"], values["dropout"] or {"rates": None, "texts": None}
         mixing = values["mixing"] or {"data": None}
         relocate(values["adapter"], move)

@@ -11,6 +11,7 @@ from graftlm.evaluation.record import write_text
 from graftlm.evaluation.result import Licences, Result
 from graftlm.evaluation.summary import setup, summary
 from graftlm.evaluation.table import language_name, markdown_text
+from graftlm.starter import MODELS
 
 FILE = "README.md"
 
@@ -93,8 +94,8 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _on_the_hub(model: str | None) -> bool:
-    """Whether the name can be a hub id; ``starter`` and paths are not."""
-    return model is not None and model != "starter" and bool(_HUB_ID.fullmatch(model)) and not model.startswith(".")
+    """Whether the name can be a hub id; the shipped models and paths are not."""
+    return model is not None and model not in MODELS and bool(_HUB_ID.fullmatch(model)) and not model.startswith(".")
 
 
 def _code(text: str) -> str:

@@ -28,6 +28,7 @@ from graftlm.recipe import Recipe, load_recipe
 from graftlm.sources.embed import PAIR, Embedder
 from graftlm.sources.esm import EmbeddingSpaceMap
 from graftlm.sources.pool import INDEX, Skipped, SourcePool
+from graftlm.starter import MODELS
 from graftlm.study.claims import Claims
 from graftlm.study.execute import WHOLE, Shard, execute, needed, shown_score
 from graftlm.study.plan import Run, Study, Values, Variant
@@ -94,9 +95,9 @@ class PoolBuild:
 
     @property
     def base_model(self) -> str:
-        """What the pool calls the base model: `starter`, a hub id, or the name of a local folder."""
+        """What the pool calls the base model: a shipped model (`starter`), a hub id, or the name of a local folder."""
         recipe = self.study.recipe
-        local = recipe.model != "starter" and recipe.path(recipe.model).is_dir()
+        local = recipe.model not in MODELS and recipe.path(recipe.model).is_dir()
         return recipe.path(recipe.model).resolve().name if local else recipe.model
 
     @cached_property
