@@ -121,7 +121,7 @@ def test_the_gradient_of_a_run_is_that_of_the_loss_and_the_term(tmp_path):
 def test_result_log_adapter_gates_and_report(made):
     folder = made[0] / "runs" / "causal_lm"
     result = Result.read(folder)
-    assert result.scores[0].change.low > 0 and set(result.forgetting) == {"eng"}
+    assert result.scores[0].change.low > 0 and set(result.forgetting) == {"eng"} and result.closed_gates == ()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(row["penalty"] >= 0 for row in log if "loss" in row) and any(row.get("penalty", 0) > 0 for row in log)
     gates = json.loads((folder / "gates.json").read_text(encoding="utf-8"))
@@ -133,6 +133,22 @@ def test_result_log_adapter_gates_and_report(made):
     assert f"{100 * gates['rows'][0]['open']:.1f}" in page
     assert "neutral residues" in page
     assert load(folder).peft_config["default"].original_share == 0.25
+
+
+def test_a_gate_that_stays_closed_is_named_without_a_penalty_too(tmp_path, caplog):
+    folder = folder_of(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():  # what its gate reads is zero
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    model.save_pretrained(folder / "model")
+    recipe = raw_recipe(folder, "adapter={method: neutral_residues, penalty_weight: 0}", "training.max_steps=3")
+    with pytest.warns(UserWarning, match=r"so that these learn nothing: model\.layers\.1\.mlp"):
+        result = run_recipe(recipe, progress=False)
+    assert result.closed_gates == ("model.layers.1.mlp",)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("model.layers.1.mlp; a smaller training.learning_rate" in message for message in said)
+    for page in ("report.html", "README.md"):
+        assert "opens the gates of one layer" in (recipe.folder / page).read_text(encoding="utf-8")
 
 
 def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):

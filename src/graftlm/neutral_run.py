@@ -1,6 +1,7 @@
 """What a run with neutral residues measures beside its scores: the size of its penalty, and how far its gates open."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from graftlm.tasks import Task
 _WINDOWS = 64  # of each language, that gates are looked at on
 _SEQUENCES = 4  # of the original domain that the penalty is measured on; their share in so few batches is made up for
 _MOST = 32  # batches
+
+log = logging.getLogger("graftlm")
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,38 @@ def _gradients(
 
 def write_gates(
     model: nn.Module, task: Task, tokenizer: Any, recipe: Recipe, splits: Mapping[str, Split], folder: Path
-) -> None:
-    """Writes ``gates.json``, how far the gates are open on each language of the test; nothing for other methods."""
+) -> tuple[str, ...] | None:
+    """Writes ``gates.json``, how far the gates are open on each language of the test; nothing for other methods.
+
+    Returns:
+        The layers whose ReLU gate no token of a new language opens, each of them said in a warning; None where there
+        is no such gate or no such language.
+    """
     if recipe.adapter.method != "neutral_residues":
-        return
+        return None
     batches = {language: _batches(task, tokenizer, recipe, split) for language, split in splits.items()}
-    rows = [asdict(gate) for gate in gate_statistics(model, batches)]
+    gates = gate_statistics(model, batches)
+    rows = [asdict(gate) for gate in gates]
     values = {"schema": SCHEMA, "gate": recipe.adapter.gate, "old": list(recipe.data.old), "rows": rows}
     write_text(folder / FILE, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    new = [gate for gate in gates if gate.domain not in recipe.data.old]
+    if recipe.adapter.gate != "relu" or not new:
+        return None
+    opened = {gate.layer for gate in new if gate.open}
+    closed = tuple(dict.fromkeys(gate.layer for gate in new if gate.layer not in opened))
+    if closed:
+        smaller = (
+            "adapter.penalty_weight or training.learning_rate"
+            if recipe.adapter.penalty_weight
+            else "training.learning_rate"
+        )
+        log.warning(
+            "no token of the new language's test text opens the gates of these layers, which do nothing there: %s; "
+            "a smaller %s keeps them open",
+            ", ".join(closed),
+            smaller,
+        )
+    return closed
 
 
 def _batches(task: Task, tokenizer: Any, recipe: Recipe, split: Split) -> Iterator[Any]:

@@ -203,8 +203,9 @@ def _order_of(examples: Any) -> list[EpochOfBlocks]:
 
 
 def _penalty(recipe: Recipe) -> list[PenaltyLog]:
-    penalised = recipe.adapter.method == "neutral_residues" and recipe.adapter.penalty_weight > 0
-    return [PenaltyLog()] if penalised else []
+    adapter = recipe.adapter
+    gated = adapter.method == "neutral_residues" and (adapter.penalty_weight > 0 or adapter.gate == "relu")
+    return [PenaltyLog()] if gated else []
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> TrainingArguments:

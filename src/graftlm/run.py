@@ -104,10 +104,10 @@ def run_recipe(recipe: Recipe, *, progress: bool = True) -> Result:
     if writes:
         model = trainer.accelerator.unwrap_model(trainer.model)
         save(model, prepared.tokenizer, recipe, folder)
-        write_gates(model, prepared.task, prepared.tokenizer, recipe, prepared.splits.test, folder)
+        closed = write_gates(model, prepared.task, prepared.tokenizer, recipe, prepared.splits.test, folder)
         write_text(folder / LOG, _json_lines(trainer.state.log_history))
         write_text(folder / PREDICTIONS, _json_lines(rows_of(prepared.task, scored)))
-        result = _result(prepared, scores, seconds)
+        result = _result(prepared, scores, seconds).model_copy(update={"closed_gates": closed})
         result.write(folder)  # the mark of a finished run, so after everything that cannot be made again from it
         _finish(recipe, folder)
     trainer.accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from tiny import ARCHITECTURES, DECODERS, ENCODER_DECODERS, tiny_batch, tiny_mod
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import graftlm
+from graftlm.adapters.injected_loss import domains_of
 from graftlm.errors import DataError, ModelError, SetupError
 
 METHOD = "Neutral residues"
@@ -99,11 +100,13 @@ def test_what_has_no_gates():
     assert [(gate.open, gate.value) for gate in found] == [(None, None)] * 3 and all(gate.size > 0 for gate in found)
 
 
-def test_a_gate_that_never_opens_is_named(tmp_path):
+@pytest.mark.parametrize(("weight", "labelled"), [(0.01, True), (0, True), (0, False)])
+def test_a_gate_that_never_opens_is_named(weight, labelled, tmp_path):
     batch = tiny_batch("llama", "causal_lm", batch_size=4)
-    rows = Dataset.from_dict({name: value.tolist() for name, value in batch.items()} | {"domain": [0, 1, 1, 0]})
+    columns = {name: value.tolist() for name, value in batch.items()} | ({"domain": [0, 1, 1, 0]} if labelled else {})
+    rows = Dataset.from_dict(columns)
     for closed, says in ((1, "these learn nothing: model.layers.1.mlp"), (None, "no block learns anything any more")):
-        model = adapted("llama")
+        model = adapted("llama", penalty_weight=weight)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "residues_gate" in name and closed in (None, int(name.split("layers.")[1][0])):
@@ -129,4 +132,26 @@ def test_a_gate_that_never_opens_is_named(tmp_path):
         )
         with pytest.warns(UserWarning, match=says) as seen:
             trainer.train()
-        assert len([one for one in seen if "gates that no token" in str(one.message)]) == 1
+        (message,) = [str(one.message) for one in seen if "gates that no token" in str(one.message)]
+        assert ("penalty_weight" in message) == (weight > 0)
+        assert ["penalty" in row for row in trainer.state.log_history if "loss" in row] == [weight > 0] * 2
+        assert not domains_of(model).watched
+
+
+@pytest.mark.parametrize("weight", [0.01, 0])
+def test_whether_a_gate_opens_is_asked_of_new_rows_and_counted_tokens_alone(weight):
+    model, batch = adapted("llama", penalty_weight=weight).train(), tiny_batch("llama", "causal_lm")
+    model.base_model.model.model.layers[1].mlp.neutral_residues_gate["default"].register_forward_hook(_first_row_only)
+    batch["labels"][2] = -100
+    domains_of(model).watched = True
+    for labels, opened in (([1, 0, 0, 0], True), ([0, 1, 1, 1], False), ([1, 1, 1, 1], True)):
+        model(**batch, domain=labels)
+        found = domains_of(model).call.opened
+        assert found == {f"model.layers.{layer}.mlp": opened or layer != 1 for layer in range(3)}
+    batch["labels"][0] = -100
+    model(**batch, domain=[1] * 4)
+    assert not domains_of(model).call.opened["model.layers.1.mlp"]
+
+
+def _first_row_only(module, args, z):
+    return torch.cat([z[:1].abs(), -z[1:].abs()])

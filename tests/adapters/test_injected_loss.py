@@ -322,6 +322,16 @@ def test_where_no_label_is_needed():
     torch.testing.assert_close(model(**batch, domain=DOMAINS).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_an_eye_on_the_gates_changes_no_gradient(through):
+    base, model, batch = pair(penalty_through_input=through)
+    model.peft_config["default"].penalty_weight = 0.0
+    domains_of(model).watched = True
+    model(**batch).loss.backward()
+    close(gradients(model), by_hand(base, weights_of(model), batch, "llama", alpha=0.0)[0], **NEAR)
+    assert len(domains_of(model).call.opened) == 3 and not domains_of(model).call.values
+
+
 def test_an_evaluation_between_forward_and_backward_changes_nothing():
     base, model, batch = pair()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

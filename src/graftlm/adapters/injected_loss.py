@@ -29,19 +29,27 @@ class PenalisedLayer(AdapterLayer):
     """An adapter layer with a term of its own."""
 
     @property
+    def trains(self) -> bool:
+        """Whether the layer's active adapter trains."""
+        active = self.active_here
+        return bool(active) and any(
+            p.requires_grad for leaf in self.leaves(active[-1]).values() for p in leaf.parameters()
+        )
+
+    @property
     def penalised(self) -> bool:
-        """Whether the layer's active adapter trains and has a penalty."""
+        """Whether it has a penalty as well."""
         raise NotImplementedError
 
 
 @dataclass
 class Call:
-    """One forward pass with the penalty on.
+    """One forward pass with the penalty on, or with an eye on the gates.
 
     Attributes:
         new: (batch,), whether a sequence is of the new domain.
         tokens: per stack of layers (batch, length): the positions that count; an encoder-decoder has two stacks.
-        layers: how many layers the term is a mean over.
+        layers: how many layers the term is a mean over; 0 without a penalty.
         part: this batch's share of what the loss is a mean over; None where the loss is this batch's own mean.
         values: per layer its part of T.
         opened: per layer whether its ReLU gate was open for any counted token of the new domain.
@@ -61,25 +69,29 @@ class Call:
         values = list(self.values.values())
         return float(torch.stack([value.to(values[0].device) for value in values]).sum()) if values else 0.0
 
-    def original_share(self) -> float:
-        """The share of the counted tokens that lies in original-domain sequences."""
-        counted = [mask.flatten() for mask in self.tokens.values()]
-        original = [(mask & ~self.new[:, None]).flatten() for mask in self.tokens.values()]
-        return float(torch.cat(original).sum() / torch.cat(counted).sum().clamp(min=1))
+    def token_counts(self) -> Tensor:
+        """Of the counted tokens those in original-domain sequences, and all."""
+        masks = self.tokens.values()
+        counts = [torch.stack([(mask & ~self.new[:, None]).sum(), mask.sum()]) for mask in masks]
+        return torch.stack(counts).sum(0).float()
 
 
 class Domains:
     """The forward pass that runs, and the one whose layers checkpointing may run again: known to all layers of a model.
 
     Its two methods are hooks of the base model.
+
+    Attributes:
+        watched: whether gates are looked at where nothing is penalised too; see `graftlm.PenaltyLog`.
     """
 
     def __init__(self) -> None:
         self.call: Call | None = None
         self.silent = False
+        self.watched = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"call": None, "silent": False}  # copies and files of the model hold no batch
+        return {"call": None, "silent": False, "watched": False}  # copies and files of the model hold no batch
 
     def install(self, model: nn.Module) -> None:
         """Hooks itself to the base model."""
@@ -103,12 +115,16 @@ class Domains:
         given, around = kwargs.pop("domain", None), current_batch()
         if given is not None and around is not None:
             raise SetupError("the domain of the sequences is given twice: in the batch and by graftlm.domain")
-        layers = 0
+        training: list[PenalisedLayer] = []
         if model.training and torch.is_grad_enabled():
-            layers = sum(isinstance(module, PenalisedLayer) and module.penalised for module in model.modules())
-        self.silent = layers == 0  # an earlier pass stays: checkpointing may still have to run its layers again
-        if layers:
+            training = [part for part in model.modules() if isinstance(part, PenalisedLayer) and part.trains]
+        layers = sum(part.penalised for part in training)
+        # where it is silent an earlier pass stays: checkpointing may still have to run its layers again
+        self.silent = not (layers or (self.watched and training))
+        if not self.silent:
             batch = around or (None if given is None else Batch(given))
+            if batch is None and not layers:
+                batch = Batch([NEW] * len(_inputs(args, kwargs)))
             if batch is None:
                 raise SetupError(
                     "the penalty needs the domain of every sequence, and this batch does not say it",
@@ -123,7 +139,7 @@ class Domains:
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Sees to it that the gradient which arrives at the loss becomes known."""
         call, self.silent = self.running, False
-        if call is None or not torch.is_grad_enabled():
+        if call is None or not call.layers or not torch.is_grad_enabled():
             return output
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):

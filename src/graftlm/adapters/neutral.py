@@ -80,10 +80,7 @@ class NeutralResidues(PenalisedLayer):
     @property
     def penalised(self) -> bool:
         """Whether the adapter on top trains and has a penalty."""
-        active = self.active_here
-        if not active or self.neutral_residues_configs[active[-1]].penalty_weight == 0:
-            return False
-        return any(p.requires_grad for leaf in self.leaves(active[-1]).values() for p in leaf.parameters())
+        return self.trains and self.neutral_residues_configs[self.active_here[-1]].penalty_weight > 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         f = self.base_layer(x, *args, **kwargs)
@@ -101,7 +98,7 @@ class NeutralResidues(PenalisedLayer):
         return normed if residue is None else normed + residue.to(normed.dtype)
 
     def _residue(self, x: Tensor) -> Tensor:
-        call = self._domains.running if self.training and self.penalised else None
+        call = self._domains.running if self.training and self.trains else None
         *below, top = self.active_here
         total = self._block(top, x, call)
         for adapter in below:
@@ -109,9 +106,7 @@ class NeutralResidues(PenalisedLayer):
         return total
 
     def _block(self, adapter: str, x: Tensor, call: Call | None) -> Tensor:
-        if call is None:
-            return self._gated(adapter, x, None)
-        if self.neutral_residues_configs[adapter].penalty_through_input:
+        if call is None or not call.layers or self.neutral_residues_configs[adapter].penalty_through_input:
             return self._gated(adapter, x, call)
         return attach(self._gated(adapter, x, None), self._gated(adapter, x.detach(), call))
 
@@ -131,7 +126,7 @@ class NeutralResidues(PenalisedLayer):
             residue = gate * self._glu(adapter, n)
         if self.watcher is not None and adapter == self.active_here[-1]:
             self.watcher(self, gate, residue)
-        if call is not None and config.penalty == "l1":
+        if call is not None and call.layers and config.penalty == "l1":
             residue = self._l1(residue, call, config)
         return residue
 
@@ -148,7 +143,7 @@ class NeutralResidues(PenalisedLayer):
         if config.gate == "relu":
             new = self._tokens(z, call) & call.new[:, None]
             call.opened[self.place] = ((z.detach()[..., 0] > 0) & new).any()
-        return self._cross_entropy(z, call, config) if config.penalty == "cross_entropy" else z
+        return self._cross_entropy(z, call, config) if call.layers and config.penalty == "cross_entropy" else z
 
     def _l1(self, r: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
         tokens = self._tokens(r, call)

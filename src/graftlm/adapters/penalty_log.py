@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
 from transformers import TrainerCallback
 
 from graftlm.adapters.injected_loss import Call, domains_of
@@ -14,43 +15,60 @@ class PenaltyLog(TrainerCallback):
     """Adds the penalty term to the logs of a Trainer as a number of its own, and warns of gates that never open.
 
     ``penalty`` is T, without its weight, averaged over the steps since the last log; ``original_share`` the share of
-    original-domain tokens in the last batch. `loss` stays the loss of the model alone. Of several processes each has
-    the figures of its own batches.
+    original-domain tokens in them. `loss` stays the loss of the model alone. All figures are those of all processes
+    together, so every process needs the callback.
 
     A ReLU gate that was closed for every token of the new domain since the last log is named in a warning, once: its
-    block learns nothing. `graftlm.gate_statistics` shows all gates.
+    block learns nothing. So it is without a penalty too; sequences without a label ``domain`` then count as new ones.
+    `graftlm.gate_statistics` shows all gates.
     """
 
     def __init__(self) -> None:
         self._step: list[tuple[float, float | None]] = []
-        self._steps: list[float] = []
-        self._share = 0.0
+        self._steps: list[tuple[float, float]] = []  # sum of terms times weights, sum of weights
+        self._tokens: Tensor | float = 0.0  # original-domain ones, all
         self._opened: dict[str, Tensor] = {}
         self._new: Tensor | None = None
+        self._penalised = False
         self._named: set[str] = set()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if (domains := domains_of(model)) is not None:
+            domains.watched = True
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if (domains := domains_of(model)) is not None:
+            domains.watched = False
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         domains = domains_of(model)
-        if domains is not None and domains.call is not None:
-            call = domains.call
-            self._step.append((call.term(), None if call.part is None else float(call.part)))
-            self._share = call.original_share()
+        if domains is not None and (call := domains.call) is not None:
+            self._penalised = call.layers > 0
+            if self._penalised:
+                self._step.append((call.term(), None if call.part is None else float(call.part)))
+                self._tokens = self._tokens + call.token_counts()
             self._look_at_gates(call)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.on_substep_end(args, state, control, model=model)
         if self._step:
             equal = 1 / len(self._step)
-            self._steps.append(sum(term * (equal if part is None else part) for term, part in self._step))
+            parts = [(term, equal if part is None else part) for term, part in self._step]
+            self._steps.append((sum(term * part for term, part in parts), sum(part for _, part in parts)))
             self._step = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._steps and logs is not None and "loss" in logs:
-            found = {"penalty": sum(self._steps) / len(self._steps), "original_share": self._share}
+        if logs is None or "loss" not in logs:
+            return
+        if isinstance(tokens := self._tokens, Tensor) and self._steps:
+            sums, weights = _summed(torch.tensor(self._steps, device=tokens.device)).unbind(1)
+            original, counted = _summed(tokens).tolist()
+            found = {"penalty": float((sums / weights).mean()), "original_share": original / max(counted, 1)}
             logs.update(found)
             state.log_history[-1].update(found)
-            self._steps = []
-            self._warn(state.global_step)
+            self._steps, self._tokens = [], 0.0
+        if self._new is not None:
+            self._warn(state.global_step, self._new)
 
     def _look_at_gates(self, call: Call) -> None:
         for layer, opened in call.opened.items():
@@ -58,14 +76,24 @@ class PenaltyLog(TrainerCallback):
         any_new = call.new.any()
         self._new = any_new if self._new is None else any_new | self._new
 
-    def _warn(self, step: int) -> None:
-        closed = [layer for layer, opened in self._opened.items() if not opened] if self._new else []
+    def _warn(self, step: int, new: Tensor) -> None:
+        seen = torch.stack([new, *(opened.to(new.device) for opened in self._opened.values())])
+        any_new, *opened = (_summed(seen.float()) > 0).tolist()
+        closed = [layer for layer, one in zip(self._opened, opened, strict=True) if any_new and not one]
         if fresh := [layer for layer in closed if layer not in self._named]:
             left = "no block learns anything any more" if len(closed) == len(self._opened) else "these learn nothing"
+            smaller = "penalty_weight or learning rate" if self._penalised else "learning rate"
             warnings.warn(
                 f"step {step}: gates that no token of the new domain has opened since the last log, so that {left}: "
-                f"{', '.join(fresh)}. A smaller penalty_weight or learning rate keeps them open.",
+                f"{', '.join(fresh)}. A smaller {smaller} keeps them open.",
                 stacklevel=2,
             )
             self._named.update(fresh)
         self._opened, self._new = {}, None
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Over all processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

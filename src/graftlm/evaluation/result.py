@@ -110,6 +110,11 @@ class Result(Record):
         None,
         description="language → the adapter that lies below the task adapter in it, seen from the recipe; null: none",
     )
+    closed_gates: tuple[str, ...] | None = Field(
+        None,
+        description="neutral residues: layers whose ReLU gate no token of the new languages' test text opens, so that "
+        "their blocks do nothing there; null: not looked at",
+    )
     cost: Cost = Field(description="what it took")
     versions: dict[str, str] = Field(default_factory=dict, description="package → version, with `python`")
     licences: Licences = Field(default_factory=Licences, description="licences of what went in and came out")

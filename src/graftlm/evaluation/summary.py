@@ -40,9 +40,13 @@ def with_unit(value: float | None, result: Result, *, signed: bool = False) -> s
 
 
 def summary(result: Result) -> list[str]:
-    """What came out, in sentences: the source language, best and worst elsewhere, gain over standard training."""
-    if any(score.base is not None for score in result.scores):
-        return _language_model(result)
+    """What came out, in sentences: what was learned, what became of other languages, what has gone wrong."""
+    of_raw_text = any(score.base is not None for score in result.scores)
+    return [*(_language_model(result) if of_raw_text else _labelled(result)), *_closed_gates(result)]
+
+
+def _labelled(result: Result) -> list[str]:
+    """The source language, best and worst elsewhere, gain over standard training."""
     metric = metric_of(result.metric)
     task = result.task.replace("_", " ")
     source = next((score for score in result.scores if score.is_source), None)
@@ -91,6 +95,14 @@ def _language_model(result: Result) -> list[str]:
             f" {with_unit(value.value, result)} {metric.title}, {what} than before; {_clear([change])}."
         )
     return sentences
+
+
+def _closed_gates(result: Result) -> list[str]:
+    if not (closed := result.closed_gates):
+        return []
+    layers = f"{count(len(closed))} layer{'s' if len(closed) > 1 else ''}"
+    names = ", ".join(closed[:6]) + (", …" if len(closed) > 6 else "")
+    return [f"No token of the new language's test text opens the gates of {layers}, which do nothing there: {names}."]
 
 
 def _like_majority(score: Score, result: Result) -> bool:
