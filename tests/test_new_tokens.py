@@ -9,11 +9,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from raw import byte_tokenizer, chain, raw_folder, raw_recipe
+from safetensors.torch import load_file
 from small import write_rows
 from tiny import tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizerFast
 
 import graftlm
+import graftlm.prepare
 from graftlm.check import check
 from graftlm.errors import DataError, ModelError, RecipeError
 from graftlm.evaluation.bits_per_byte import bits_per_byte
@@ -124,19 +126,26 @@ def graftlm_loaded(base, path):
     return PeftModel.from_pretrained(base, path)
 
 
-@pytest.mark.parametrize("method", ["neutral_residues", "lora"])
-def test_a_run_with_new_tokens(method, tmp_path):
-    folder = raw_folder(tmp_path, "causal_lm", "llama", vocab_size=260, max_position_embeddings=256)
+def recipe_of(path, method, *more, tied=False):
+    folder = raw_folder(
+        path, "causal_lm", "llama", vocab_size=260, max_position_embeddings=256, tie_word_embeddings=tied
+    )
     byte_tokenizer().save_pretrained(folder / "model")
     write_rows(folder / "replay.jsonl", [{"text": text} for text in chain(5, 5, first=30)])
     penalised = ("adapter.penalty_weight=1", "mixing={share: 0.2, data: replay.jsonl}")
-    recipe = raw_recipe(
+    return raw_recipe(
         folder,
         "new_tokens=20",
         f"adapter={{method: {method}}}",
         *(penalised if method == "neutral_residues" else ()),
         "training={epochs: 2, batch_size: 8, learning_rate: 1e-2, max_length: 128, stride: 8}",
+        *more,
     )
+
+
+@pytest.mark.parametrize("method", ["neutral_residues", "lora"])
+def test_a_run_with_new_tokens(method, tmp_path):
+    folder, recipe = tmp_path, recipe_of(tmp_path, method)
     texts = {row.split: row for row in check(recipe).texts}
     result = run_recipe(recipe, progress=False)
     model, tokenizer = load(recipe.folder, tokenizer=True)
@@ -152,6 +161,38 @@ def test_a_run_with_new_tokens(method, tmp_path):
             ours = bits_per_byte(one, how, documents, max_length=128, stride=8)
             assert value.value == pytest.approx(ours["bits_per_byte"].value, rel=1e-4)
     assert texts["train"].tokens_per_word < 2.5  # a byte each, and the blank: more than three before
+
+
+@pytest.mark.parametrize(("method", "tied"), [("neutral_residues", False), ("neutral_residues", True), ("lora", False)])
+def test_a_run_that_crashed_ends_where_the_uninterrupted_one_does(method, tied, tmp_path, monkeypatch):
+    class TrainingClock(graftlm.prepare.TrainingClock):  # the same name: checkpoints list callbacks by it
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise OSError("the machine went away")
+
+    found = []
+    for crashes in (False, True):
+        steps = ("training.max_steps=6", "training.eval_steps=2", "data.dev=null")
+        recipe = recipe_of(tmp_path / str(crashes), method, *steps, tied=tied)
+        if crashes:
+            with monkeypatch.context() as patch:
+                patch.setattr(graftlm.prepare, "TrainingClock", TrainingClock)
+                with pytest.raises(OSError, match="went away"):
+                    run_recipe(recipe, progress=False)
+            assert (recipe.folder / "checkpoints/checkpoint-4").is_dir()
+        result = run_recipe(recipe, progress=False)
+        lines = (recipe.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [(row["step"], row["loss"], row.get("penalty")) for row in map(json.loads, lines) if "loss" in row]
+        found.append((result, load_file(recipe.folder / "adapter/adapter_model.safetensors"), log))
+    (whole, weights, log), (resumed, again, log_again) = found
+    assert log == log_again and [step for step, *_ in log] == [1, 2, 3, 4, 5, 6]
+    new = [name for name in weights if "trainable_tokens_delta" in name]
+    assert len(new) == (1 if tied else 2) and all(len(weights[name]) == 20 for name in new)
+    assert weights.keys() == again.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, again[name]), name
+    for one, other in zip(whole.scores, resumed.scores, strict=True):
+        assert one.metrics == other.metrics and one.base == other.base and one.change == other.change
 
 
 def test_a_recipe_that_cannot_have_new_tokens(tmp_path):
