@@ -1,10 +1,12 @@
 """Learning against forgetting: each method's curve, and its forgetting where all have learned the same."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
 
 METHODS = ("neutral", "vanilla", "lora", "full")
+ANCHOR = "full"  # in the sweep alone
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -43,13 +45,12 @@ def of(rows: Sequence[dict], language: str, method: str, stage: str = "sweep") -
 
 
 def chosen(rows: Sequence[dict], method: str) -> set[str]:
-    """The two settings of a method whose front brackets the equal learning, for the five seeds."""
+    """The two neighbours on a method's front around the equal learning, or the two nearest to it; for the seeds."""
     goal = equal_learning(rows, rows[0]["language"])
     mine = [row for row in rows if row["method"] == method]
     points = front([(row["learned"], row["forgot"]) for row in mine])
-    below = max((p for p in points if p[0] < goal), default=points[0])
-    above = min((p for p in points if p[0] >= goal), default=points[-1])
-    return {row["setting"] for row in mine if (row["learned"], row["forgot"]) in (below, above)}
+    first = min(max(bisect_left([learned for learned, _ in points], goal), 1), max(len(points) - 1, 1)) - 1
+    return {row["setting"] for row in mine if (row["learned"], row["forgot"]) in points[first : first + 2]}
 
 
 def interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
@@ -73,24 +74,28 @@ def table(rows: Sequence[dict]) -> str:
             ]
             out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
         out.append("")
-        ours = seeds(rows, language, "neutral", goal)
-        for method in METHODS[1:]:
-            theirs = seeds(rows, language, method, goal)
-            shared = sorted(ours.keys() & theirs.keys())
-            if len(shared) > 1:
-                pairs = [theirs[seed] - ours[seed] for seed in shared]
-                low, high = interval(pairs)
-                share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
-                out.append(f"{method} − neutral: {np.mean(pairs):+.4f} ({low:+.4f} to {high:+.4f}); ratio {share:.2f}")
+        for key, unit in (("forgot", "bits per byte"), ("kl", "nats of KL a token")):
+            ours = seeds(rows, language, "neutral", goal, key)
+            for method in METHODS[1:]:
+                theirs = seeds(rows, language, method, goal, key)
+                shared = sorted(ours.keys() & theirs.keys())
+                if len(shared) > 1:
+                    pairs = [theirs[seed] - ours[seed] for seed in shared]
+                    low, high = interval(pairs)
+                    share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
+                    out.append(
+                        f"{method} − neutral: {np.mean(pairs):+.4f} {unit} ({low:+.4f} to {high:+.4f}), "
+                        f"{len(shared)} seeds; ratio {share:.2f}"
+                    )
     return "\n".join(out)
 
 
-def seeds(rows: Sequence[dict], language: str, method: str, goal: float) -> dict[int, float]:
-    """Forgetting at equal learning of each seed, from its own two settings."""
+def seeds(rows: Sequence[dict], language: str, method: str, goal: float, key: str) -> dict[int, float]:
+    """Forgetting or KL at equal learning of each seed, on the line through its own two settings."""
     mine = of(rows, language, method, "seeds")
     found = {}
     for seed in sorted({row["seed"] for row in mine}):
-        points = sorted((row["learned"], row["forgot"]) for row in mine if row["seed"] == seed)
+        points = sorted((row["learned"], row[key]) for row in mine if row["seed"] == seed)
         if len(points) == 2:
             (x0, y0), (x1, y1) = points
             found[seed] = y0 + (y1 - y0) * (goal - x0) / (x1 - x0) if x1 > x0 else y0

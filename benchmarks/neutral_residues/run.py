@@ -1,6 +1,6 @@
 """Learning a new language against forgetting the old one: neutral residues, vanilla adapter, LoRA, fine-tuning.
 
-    python benchmarks/neutral_residues/run.py --data DATA --stages text pretrain sweep seeds
+    python benchmarks/neutral_residues/run.py --data DATA --stages text sweep seeds
     python benchmarks/neutral_residues/run.py --table
 
 Every finished run is a line of rows.jsonl; started again, it goes on with what is missing. The README says what is
@@ -8,10 +8,9 @@ compared and was written first.
 """
 
 import argparse
-import gzip
 import json
 import random
-import subprocess
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curves import METHODS, table
+from curves import ANCHOR, METHODS, chosen, table
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -27,21 +26,32 @@ from graftlm.evaluation.bits_per_byte import collate, windows
 from graftlm.folder import load
 from graftlm.recipe import load_recipe
 from graftlm.run import run_recipe
+from graftlm.starter import starter_model
+
+sys.path.append(str(Path(__file__).parents[1] / "starter_decoder"))
+from english import english_text, read_rows
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 LANGUAGES = {"dan": "adl_dan", "fra": "eltec_fra"}
-RATES, SETTINGS = (3e-3, 1e-2), 10  # ours: rates × alphas; as many rates for every other method
+RATES, SETTINGS = (3e-3, 1e-2), 10  # ours: rates × alphas; as many rates for vanilla adapter and LoRA
+FULL_SETTINGS = 5  # of the anchor, which has no seeds
 ADAPTER_RATES, FULL_RATES = (1e-3, 3e-2), (1e-4, 3e-3)  # from, to
 ALPHAS = (0.01, 0.1, 1.0, 10.0, 30.0)
 VANILLA = "adapter={method: neutral_residues, gate: none, penalty_weight: 0, initialisation: he}"
+EXPLORED = {  # label → overrides, on each of the two settings that the seeds have
+    "no gate, L1": "adapter.gate=none",
+    "sigmoid gate, cross-entropy": "adapter.gate=sigmoid",
+    "ELU gate": "adapter.gate=elu",
+    "He initialisation": "adapter.initialisation=he",
+    "penalty stays in its layer": "adapter.penalty_through_input=false",
+    "p = 0, no penalty": "mixing=null adapter.penalty_weight=0",
+    "no penalty": "adapter.penalty_weight=0",
+    "p = 0.5": "mixing.share=0.5",
+    "1,000 new tokens": "new_tokens=1000",
+}
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
-MINUTES, LENGTH = 30, 256
-
-
-def read(path: Path) -> list[dict]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+LENGTH = 256
 
 
 def write(name: str, texts: list[str]) -> None:
@@ -51,41 +61,20 @@ def write(name: str, texts: list[str]) -> None:
 
 
 def text_of(data: Path) -> None:
-    """Splits: the backbone's own domain is all English but the wiki set; the replay is novels alone, a proxy of it."""
-    rng = random.Random(0)
-    novels = [row["text"] for row in read(data / "raw_text/eltec_eng/train.jsonl.gz")]
-    found: list[str] = []
-    for path in sorted((data / "parallel_text").rglob("*.jsonl.gz")):
-        found += [row["eng"] for row in read(path) if row.get("split", "train") == "train" and row.get("eng")]
-    for path in sorted((data / "classification_en").glob("*/train.jsonl.gz")):
-        found += [text for row in read(path) for text in (row["text"], row.get("text_b")) if text]
-    rest = sorted({text for text in found if len(text) > 40})
-    rng.shuffle(rest)
-    write("test.eng", rest[:400])  # of the model's own domain, and in no replay
-    write("dev.eng", rest[400:500])
-    write("pretrain", novels + rest[500:])
-    write("replay.eng", rng.sample(novels, 300))
-    write("test.wiki", [row["text"] for row in read(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:60])
+    """The splits. What the backbone was pretrained *like* is tested; the replay is novels alone, a proxy of it."""
+    rng, english = random.Random(0), english_text(data)
+    write("test.eng", english.held_out[:400])  # of the backbone's own domain, in no replay and not pretrained on
+    write("replay.eng", rng.sample(english.novels, 300))
+    write("test.wiki", [row["text"] for row in read_rows(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:60])
     for language, name in LANGUAGES.items():
         for split, count in (("train", 500), ("test", 40)):
-            texts = [row["text"] for row in read(data / f"raw_text/{name}/{split}.jsonl.gz")]
+            texts = [row["text"] for row in read_rows(data / f"raw_text/{name}/{split}.jsonl.gz")]
             write(f"{split}.{language}", rng.sample(texts, count))
-
-
-def pretrain() -> None:
-    """The backbone: as the starter decoder is made, on all English."""
-    texts, held_out = WORK / "text/pretrain.jsonl", WORK / "text/dev.eng.jsonl"
-    script = HERE.parent / "starter_decoder/pretrain.py"
-    folders = ["--work", str(WORK / "pretraining"), "--export", str(WORK / "backbone.part"), "--minutes", str(MINUTES)]
-    subprocess.run(
-        [sys.executable, str(script), "--texts", str(texts), "--held-out", str(held_out), *folders], check=True
-    )
-    (WORK / "backbone.part").rename(WORK / "backbone")
 
 
 def lora_rank() -> int:
     """The rank at which LoRA on all projections adds as many parameters as the blocks do."""
-    model = LlamaForCausalLM.from_pretrained(WORK / "backbone")
+    model = LlamaForCausalLM.from_pretrained(starter_model("starter-decoder"))
     linears = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and "layers" in name]
     outside = sum(p.numel() for p in model.get_input_embeddings().parameters())
     added = 0.2 * (sum(p.numel() for p in model.parameters()) - outside)
@@ -93,11 +82,12 @@ def lora_rank() -> int:
 
 
 def arms() -> dict[str, list[tuple[str, str]]]:
-    """method → (label of a setting, the recipe's overrides); as many settings for one method as for another."""
+    """method → (label of a setting, the recipe's overrides)."""
     targets = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
     rank = lora_rank()
     lora = f"adapter={{method: lora, r: {rank}, alpha: {2 * rank}, target_modules: {targets}}}"
-    finer, full = (np.geomspace(*ends, SETTINGS).tolist() for ends in (ADAPTER_RATES, FULL_RATES))
+    finer = np.geomspace(*ADAPTER_RATES, SETTINGS).tolist()
+    full = np.geomspace(*FULL_RATES, FULL_SETTINGS).tolist()
     return {
         "neutral": [
             (f"lr {lr:g}, alpha {alpha:g}", f"adapter.penalty_weight={alpha} training.learning_rate={lr}")
@@ -125,31 +115,40 @@ def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -
 
 
 def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[tuple[str, str, str, int]]:
-    for method, settings in arms().items():
-        if stage == "sweep":
+    """(method, label of a setting, overrides, seed); for the seeds two settings each, read off the sweep."""
+    if stage == "sweep":
+        for method, settings in arms().items():
             yield from ((method, label, overrides, SWEEP_SEED) for label, overrides in settings)
-        else:  # two settings each, read off the sweep: see curves.chosen
-            from curves import chosen
-
-            keep = chosen([row for row in rows if row["language"] == language and row["stage"] == "sweep"], method)
-            for seed in SEEDS:
-                yield from ((method, label, overrides, seed) for label, overrides in settings if label in keep)
+        return
+    swept = [row for row in rows if row["language"] == language and row["stage"] == "sweep"]
+    found = arms()
+    keep = {method: chosen(swept, method) for method in found}
+    if stage == "exploratory":
+        for label, overrides in found["neutral"]:
+            if label in keep["neutral"]:
+                for name, more in EXPLORED.items():
+                    yield name, label, f"{overrides} {more}", SWEEP_SEED
+        return
+    for seed in SEEDS:
+        for method, settings in found.items():
+            if method != ANCHOR:
+                yield from ((method, label, overrides, seed) for label, overrides in settings if label in keep[method])
 
 
 def run(stage: str, path: Path, languages: list[str], methods: list[str], limit: int | None) -> None:
-    base = LlamaForCausalLM.from_pretrained(WORK / "backbone").eval()
+    base = LlamaForCausalLM.from_pretrained(starter_model("starter-decoder")).eval()
     lines = (WORK / "text/test.eng.jsonl").read_text(encoding="utf-8").splitlines()
-    own = [json.loads(line)["text"] for line in lines][:300]
+    own = [json.loads(line)["text"] for line in lines][:200]
     for language in languages:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         done = {(row["stage"], row["language"], row["method"], row["setting"], row["seed"]) for row in rows}
         for method, label, overrides, seed in jobs(stage, language, rows):
-            if method not in methods or (stage, language, method, label, seed) in done:
+            if (stage != "exploratory" and method not in methods) or (stage, language, method, label, seed) in done:
                 continue
             if limit is not None and limit <= 0:
                 return
             limit = None if limit is None else limit - 1
-            name = f"{stage}-{language}-{method}-{label}-{seed}".replace(" ", "").replace(",", "-")
+            name = re.sub(r"[^\w.]+", "-", f"{stage} {language} {method} {label} {seed}")
             split = overrides.split("|") if "|" in overrides else overrides.split()
             tests = f"{{{language}: work/text/test.{language}.jsonl, eng: work/text/test.eng.jsonl, "
             recipe = load_recipe(
@@ -180,23 +179,20 @@ def run(stage: str, path: Path, languages: list[str], methods: list[str], limit:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--stages", nargs="+", choices=["text", "pretrain", "sweep", "seeds"], default=[])
+    parser.add_argument("--stages", nargs="+", choices=["text", "sweep", "seeds", "exploratory"], default=[])
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--limit", type=int, help="so many runs at most")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--table", action="store_true")
-    chosen = parser.parse_args()
-    for stage in chosen.stages:
+    given = parser.parse_args()
+    for stage in given.stages:
         if stage == "text":
-            text_of(chosen.data)
-        elif stage == "pretrain":
-            if not (WORK / "backbone" / "config.json").is_file():
-                pretrain()
+            text_of(given.data)
         else:
-            run(stage, chosen.rows, chosen.languages, chosen.methods, chosen.limit)
-    if chosen.table:
-        rows = [json.loads(line) for line in chosen.rows.read_text(encoding="utf-8").splitlines()]
+            run(stage, given.rows, given.languages, given.methods, given.limit)
+    if given.table:
+        rows = [json.loads(line) for line in given.rows.read_text(encoding="utf-8").splitlines()]
         print(table(rows))
 
 

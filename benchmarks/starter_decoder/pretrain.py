@@ -1,14 +1,12 @@
-"""Make a small causal LM from scratch: the starter decoder, or the backbone of a study.
+"""Make the starter decoder, a small causal LM of English, from scratch.
 
-    python pretrain.py --data DATA --work WORK --minutes 60 --export ../../src/graftlm/starter/decoder
-    python pretrain.py --texts FILE.jsonl --work WORK --minutes 30 --export FOLDER
+    python pretrain.py --data DATA --work WORK --minutes 35 --export ../../src/graftlm/starter/decoder
 
-With --data it reads the English novels of the data pack, which are in the public domain. Interrupted, it goes on from
-the last checkpoint in WORK. The rate falls to zero over the minutes, so nothing else should run beside it.
+Interrupted, it goes on from the last checkpoint in WORK. The rate falls to zero over the minutes, so nothing else
+should run beside it.
 """
 
 import argparse
-import gzip
 import json
 import os
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from english import english_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,14 +28,8 @@ from optimizer import Optimizer, schedule
 
 VOCABULARY, LENGTH = 8192, 256
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 256, 6, 4, 704
-BATCH, RATE, CHECKPOINT_SECONDS = 16, 3e-3, 180
+BATCH, RATE, CHECKPOINT_SECONDS = 8, 3e-3, 180
 BEGIN = "<|endoftext|>"
-
-
-def read_texts(path: Path) -> list[str]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -123,25 +116,27 @@ def pretrain(texts: list[str], held_out: list[str], work: Path, export: Path, mi
             )
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
             model.save_pretrained(export)
+            read_as_float32(export / "config.json")
             tokenizer.save_pretrained(export)
+
+
+def read_as_float32(config: Path) -> None:
+    """Has from_pretrained give float32 weights, which training needs, though the file holds bf16."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the data pack: its English novels are read")
-    parser.add_argument("--texts", type=Path, help="jsonl with a column `text`, in place of the novels")
-    parser.add_argument("--held-out", type=Path, help="jsonl; the novels' dev split otherwise")
+    parser.add_argument("--data", type=Path, required=True, help="the data pack")
     parser.add_argument("--work", type=Path, required=True, help="tokenizer, blocks, checkpoints and the log")
     parser.add_argument("--export", type=Path, required=True, help="folder of the model, rewritten at each checkpoint")
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    if (given.texts is None) == (given.data is None) or (given.data is None and given.held_out is None):
-        parser.error("give --data, or --texts and --held-out")
-    novels = given.data / "raw_text" / "eltec_eng" if given.data else Path()
-    texts = read_texts(given.texts or novels / "train.jsonl.gz")
-    held_out = read_texts(given.held_out or novels / "dev.jsonl.gz")
-    pretrain(texts, held_out[:40], given.work, given.export, given.minutes, given.threads)
+    text = english_text(given.data)
+    print(json.dumps({"kept": text.kept, "dropped": text.dropped}))
+    pretrain(text.novels + text.rest, text.held_out, given.work, given.export, given.minutes, given.threads)
 
 
 if __name__ == "__main__":

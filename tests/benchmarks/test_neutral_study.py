@@ -62,7 +62,15 @@ def test_the_table_compares_at_equal_learning(curves):
     page = curves.table(rows)
     assert "dan: at 3.000 bits per byte learned" in page
     assert "| vanilla | +1.5000 |" in page and "| neutral | +0.3000 |" in page
-    assert "vanilla − neutral: +1.2000 (+1.2000 to +1.2000); ratio 0.20" in page
+    assert "vanilla − neutral: +1.2000 bits per byte (+1.2000 to +1.2000), 3 seeds; ratio 0.20" in page
+    assert "lora − neutral: +0.7000 nats of KL a token (+0.7000 to +0.7000), 3 seeds; ratio 0.12" in page
+
+
+def test_seeds_where_a_method_learns_more_than_the_others_in_all_its_settings(curves):
+    rows = [row for method in curves.METHODS for row in made_up(method, 0.5, "sweep", [0])]
+    rows = [row | {"learned": row["learned"] + 5 * (row["method"] == "lora")} for row in rows]
+    assert curves.chosen(rows, "lora") == {"lr 1.0", "lr 2.0"}, "the two nearest"
+    assert curves.chosen([row for row in rows if row["setting"] == "lr 2.0"], "lora") == {"lr 2.0"}
 
 
 @pytest.mark.parametrize("name", ["recipe", "paper"])
