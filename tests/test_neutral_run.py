@@ -1,7 +1,9 @@
 """Recipes with neutral residues and domain mixing: the stream, the gradient, what is measured, what is refused."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from adapters.neutrals import randomised, reference, weights_of
 from adapters.test_injected_loss import gradients, predicting, term_by_hand
 from raw import chain, raw_folder, raw_recipe
 from small import write_rows
-from tiny import FIRST_WORD, PAD
+from tiny import FIRST_WORD, PAD, tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 import graftlm.prepare
@@ -22,6 +24,7 @@ from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
 from graftlm.prepare import prepare
+from graftlm.recipe import load_recipe
 from graftlm.run import run_recipe
 
 SETTINGS = (
@@ -164,13 +167,59 @@ def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):
     assert twice.gradients == pytest.approx(2 * found.penalty.gradients, rel=1e-3)
     shown = CliRunner().invoke(app, ["check", str(folder / "recipe.yaml"), *SETTINGS])
     assert "penalty:" in shown.output and "hidden units" in shown.output, shown.output
+    assert not found.advice and "advice:" not in shown.output
     assert check(raw_recipe(folder, SETTINGS[0])).penalty is None  # LoRA with replay
+
+
+@pytest.mark.parametrize(("weight", "says"), [(0.01, "hardly counts"), (1e4, "outweighs the loss")])
+def test_check_says_what_to_type(weight, says, tmp_path):
+    folder = folder_of(tmp_path)
+    shown = CliRunner().invoke(
+        app, ["check", str(folder / "recipe.yaml"), *SETTINGS, f"adapter.penalty_weight={weight}"]
+    )
+    said = " ".join(shown.output.split())
+    override = re.search(rf"advice: the penalty {says}.*(adapter\.penalty_weight=\S+): sweep", said)[1]
+    found = check(recipe_of(folder, override, "data.old=[]"))
+    assert found.penalty.gradients == pytest.approx(1, rel=0.06)
+    assert found.advice == ("what is forgotten of the old language is not measured; to measure it: data.old=[eng]",)
+
+
+def test_the_page_shows_a_recipe_and_a_trainer(tmp_path):
+    page = Path(__file__).parents[1] / "docs/how-to/neutral-residues.md"
+    blocks = re.findall(r"```(yaml|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(blocks[0][1], encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.mixing.share == 0.1 and recipe.data.old == ("eng",) and recipe.adapter.method == "neutral_residues"
+    rows = [{"input_ids": list(range(5, 9 + number % 3))} for number in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    names = {"base": tiny_model("llama", "causal_lm"), "tokenizer": tiny_tokenizer(), "args": arguments}
+    names |= {"french": rows, "english": rows, "max_steps": 2, "batch_size": 4}
+    exec(blocks[1][1], names)
+    names["trainer"].train()
+    assert ["penalty" in row for row in names["trainer"].state.log_history if "loss" in row] == [True, True]
+    batch = names["collator"]([names["mix"][place] for place in range(4)])
+    names |= {"labels": batch.pop("domain"), "batch": batch, "model": names["model"].train()}
+    exec(blocks[2][1], names)
+    assert all(p.grad is not None for p in names["model"].parameters() if p.requires_grad)
 
 
 def test_what_is_refused(tmp_path):
     folder = folder_of(tmp_path)
     with pytest.raises(RecipeError, match="there is none; write mixing"):
         raw_recipe(folder, SETTINGS[1])
+    with pytest.raises(RecipeError, match=r"write task: causal_lm and mixing.* or adapter\.penalty_weight: 0"):
+        raw_recipe(folder, SETTINGS[1], "task=classification", "data.old=[]")
     with pytest.raises(RecipeError, match="there is none"):
         raw_recipe(folder, SETTINGS[1], "mixing={share: 0, data: replay.jsonl}")
     assert raw_recipe(folder, "adapter={method: neutral_residues, penalty_weight: 0}").mixing is None

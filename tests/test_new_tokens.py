@@ -195,6 +195,16 @@ def test_a_run_that_crashed_ends_where_the_uninterrupted_one_does(method, tied, 
         assert one.metrics == other.metrics and one.base == other.base and one.change == other.change
 
 
+def test_check_advises_tokens_for_a_language_that_takes_many_more(tmp_path):
+    recipe = recipe_of(tmp_path, "neutral_residues", "new_tokens=null")
+    assert not any("tokens a word" in line for line in check(recipe).advice)
+    write_rows(tmp_path / "replay.jsonl", [{"text": "a b c d"}] * 5)
+    write_rows(tmp_path / "test.eng.jsonl", [{"text": "a b c d"}] * 3)
+    (said,) = [line for line in check(recipe).advice if "tokens a word" in line]
+    assert said.startswith("Danish takes 3.") and "the old language 1.75" in said and "new_tokens=1000" in said
+    assert not any("tokens a word" in line for line in check(recipe.changed("new_tokens=20")).advice)
+
+
 def test_a_recipe_that_cannot_have_new_tokens(tmp_path):
     folder = raw_folder(tmp_path, "causal_lm", "llama")
     with pytest.raises(RecipeError, match=r"new_tokens(.|\n)*neutral_residues or lora"):

@@ -188,6 +188,7 @@ def _end(layer: Layer, part: str) -> Sublayer:
         f"{type(layer.module).__name__} gives its output is not known.",
         found=f"{layer.name}: {', '.join(name for name, _ in layer.module.named_children())}",
         allowed=_ENDS[part],
+        fix="LoRA, which needs no such place: adapter={method: lora} in a recipe, peft.LoraConfig in code",
     )
 
 

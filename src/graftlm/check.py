@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from graftlm.adapters.flare_source import places_of
 from graftlm.data import Split
+from graftlm.evaluation.table import language_name
 from graftlm.language_runs import unfinished
 from graftlm.measure.likelihood import IGNORED
 from graftlm.neutral_run import PenaltySize, penalty_size
@@ -20,6 +22,8 @@ from graftlm.training.layers import trainable_layers
 from graftlm.training.unfreezing import plan
 
 _MB = 1e6
+_FAR = 10.0  # of the penalty's gradient from the loss's
+_MORE = 1.5  # tokens a word for one of the old language's
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Check:
         size: of neutral residues: hidden units of a block, added parameters and what they are a share of; else None.
         penalty: of neutral residues: the penalty beside the loss; None without one.
         source_cache_bytes: of FLARE with a source cache: what it will take on disk. The step above is one without it.
+        advice: what the figures above suggest to type next.
         language_adapters: of MAD-X: language → the check of its own run, for those that are trained first. The rest is
             then that of the task adapter without any below it.
     """
@@ -90,6 +95,7 @@ class Check:
     size: dict[str, Any] | None = None
     penalty: PenaltySize | None = None
     source_cache_bytes: int | None = None
+    advice: tuple[str, ...] = ()
     language_adapters: dict[str, "Check"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,13 +128,14 @@ def check(recipe: Recipe) -> Check:
         if unfreezing and prepared.every_n_steps
         else []
     )
+    texts = _texts(prepared)
     return Check(
         recipe=recipe.resolved(),
         layers=layers,
         fresh=prepared.loaded.fresh,
         targets=prepared.loaded.targets,
         total_parameters=sum(p.numel() for p in model.parameters()),
-        texts=_texts(prepared),
+        texts=texts,
         example=_example(prepared),
         label=_label(prepared),
         loss=loss,
@@ -141,8 +148,27 @@ def check(recipe: Recipe) -> Check:
         size=model.active_peft_config.size if recipe.adapter.method == "neutral_residues" else None,
         penalty=penalty,
         source_cache_bytes=_source_cache_bytes(recipe, prepared) if recipe.adapter.source_cache else None,
+        advice=tuple(_advice(recipe, texts, penalty)),
         language_adapters=first,
     )
+
+
+def _advice(recipe: Recipe, texts: tuple[TextCheck, ...], penalty: PenaltySize | None) -> Iterator[str]:
+    if penalty and penalty.even_weight and not 1 / _FAR <= penalty.gradients <= _FAR:
+        what = "hardly counts beside the loss" if penalty.gradients < 1 else "outweighs the loss"
+        yield f"the penalty {what}; they are even with adapter.penalty_weight={penalty.even_weight:g}: sweep around it"
+    if recipe.mixing and not recipe.data.old:
+        known = [tag for tag in recipe.data.test if tag != recipe.source]
+        name = f"data.old=[{', '.join(known)}]" if known else "data.test.TAG=HELD_OUT_TEXT data.old=[TAG]"
+        yield f"what is forgotten of the old language is not measured; to measure it: {name}"
+    new, old = texts[0], [row for row in texts[1:] if row.split == "mixing" or row.language in recipe.data.old]
+    if old and recipe.new_tokens is None and recipe.adapter.method in ("neutral_residues", "lora"):
+        usual = max(row.tokens_per_word for row in old)
+        if new.tokens_per_word > _MORE * usual:
+            yield (
+                f"{language_name(new.language)} takes {new.tokens_per_word:.2f} tokens a word, the old language "
+                f"{usual:.2f}; tokens of its own: new_tokens=1000"
+            )
 
 
 def _source_cache_bytes(recipe: Recipe, prepared: Prepared) -> int:

@@ -182,6 +182,8 @@ def _show_check(found: "Check") -> None:
         out.print(
             f"penalty:   {term} beside a loss of {penalty.loss:.3f}, {ratio}, after one step of Adam", highlight=False
         )
+    for advice in found.advice:
+        out.print(f"advice:    {advice}", highlight=False, markup=False)
     if found.openings:
         steps = ", ".join(f"{step}: {' '.join(names) if names else 'largest tr(F)'}" for step, names in found.openings)
         out.print(f"opens at:  {steps}", highlight=False, markup=False)

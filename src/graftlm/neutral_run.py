@@ -46,6 +46,12 @@ class PenaltySize:
     loss: float
     gradients: float
 
+    @property
+    def even_weight(self) -> float | None:
+        """The α with which both gradients are of one size, to two digits; None where one of them is zero."""
+        even = self.weight / self.gradients if self.gradients else math.inf
+        return float(f"{even:.2g}") if 0 < even < math.inf else None
+
 
 def penalty_size(trainer: Trainer, recipe: Recipe) -> PenaltySize | None:
     """Measures the penalty on the first batches of a run; the adapter's weights are changed by it.

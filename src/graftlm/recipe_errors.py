@@ -78,7 +78,7 @@ def refuse_idle(recipe: Any, language_modelling: tuple[str, ...]) -> None:
     if penalised and not (recipe.mixing and recipe.mixing.share):
         raise ValueError(
             "neutral_residues: the penalty is on text of the original domain, and there is none; write "
-            "mixing: {share: 0.1, data: …}, or adapter.penalty_weight: 0"
+            f"{'' if raw else 'task: causal_lm and '}mixing: {{share: 0.1, data: …}}, or adapter.penalty_weight: 0"
         )
     for tag in recipe.data.old:
         if tag not in recipe.data.test:
