@@ -223,6 +223,7 @@ GOOD = rows(8)
         (GOOD, {"maps_at_once": 0}, SetupError, "maps_at_once"),
         (GOOD, {"maps_at_once": 4, "threads": 2}, SetupError, "without batches"),
         (GOOD, {"method": "size", "maps_at_once": 4}, SetupError, "size does not use maps_at_once"),
+        (GOOD, {"method": "size", "device": "cpu"}, SetupError, "size does not use device"),
         (GOOD, {"text_column": ["a", "b", "c"]}, SetupError, "one column or two"),
     ],
     ids=str,

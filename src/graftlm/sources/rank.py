@@ -87,7 +87,8 @@ def rank_source_tasks(
     """
     started = time.perf_counter()
     given = {"pool": pool, "models": models, "sources": sources}
-    _check_method(method, given, {"threads": threads, "maps_at_once": maps_at_once})
+    counted = {"device": device} if method == "size" else {}  # nothing is computed
+    _check_method(method, given, {"threads": threads, "maps_at_once": maps_at_once} | counted)
     place = device_of(device) if device is not None else None
     target = read_target(dataset, text_column, label_column, task)
     if place is not None and (method != "esm-logme" or not isinstance(model, Embedder | nn.Module)):
