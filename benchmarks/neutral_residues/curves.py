@@ -1,12 +1,14 @@
 """Learning against forgetting: each method's curve, and its forgetting where all have learned the same."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 METHODS = ("neutral", "vanilla", "lora", "full")
 ANCHOR = "full"  # in the sweep alone
+MEASURED = ("forgot", "forgot_wiki", "kl")
+PRIMARY, BELOW = 1.0, 0.9  # of what every method can learn
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -35,19 +37,19 @@ def forgetting_at(points: Sequence[tuple[float, float]], learned: float) -> floa
     return float("nan") if learned > x[-1] else float(np.interp(learned, x, y))
 
 
-def equal_learning(rows: Sequence[dict], language: str) -> float:
-    """What every method can learn: the smallest of the methods' largest gains in the sweep."""
-    return min(max(row["learned"] for row in of(rows, language, method)) for method in METHODS)
+def equal_learning(rows: Sequence[dict], language: str, level: float = PRIMARY) -> float:
+    """What every method can learn: the smallest of the methods' largest gains in the sweep; or a share of it."""
+    return level * min(max(row["learned"] for row in of(rows, language, method)) for method in METHODS)
 
 
 def of(rows: Sequence[dict], language: str, method: str, stage: str = "sweep") -> list[dict]:
     return [r for r in rows if (r["language"], r["method"], r["stage"]) == (language, method, stage)]
 
 
-def chosen(rows: Sequence[dict], method: str) -> set[str]:
+def chosen(rows: Sequence[dict], language: str, method: str, level: float = PRIMARY) -> set[str]:
     """The two neighbours on a method's front around the equal learning, or the two nearest to it; for the seeds."""
-    goal = equal_learning(rows, rows[0]["language"])
-    mine = [row for row in rows if row["method"] == method]
+    goal = equal_learning(rows, language, level)
+    mine = of(rows, language, method)
     points = front([(row["learned"], row["forgot"]) for row in mine])
     first = min(max(bisect_left([learned for learned, _ in points], goal), 1), max(len(points) - 1, 1)) - 1
     return {row["setting"] for row in mine if (row["learned"], row["forgot"]) in points[first : first + 2]}
@@ -64,35 +66,40 @@ def table(rows: Sequence[dict]) -> str:
     """Forgetting in bits per byte and KL at equal learning, and the differences over seeds, as Markdown."""
     out = []
     for language in dict.fromkeys(row["language"] for row in rows):
-        goal = equal_learning(rows, language)
-        out += [f"\n{language}: at {goal:.3f} bits per byte learned\n", "| method | forgot | on wiki | KL |"]
-        out.append("| --- | --- | --- | --- |")
-        for method in METHODS:
-            mine = of(rows, language, method)
-            cells = [
-                forgetting_at([(r["learned"], r[key]) for r in mine], goal) for key in ("forgot", "forgot_wiki", "kl")
-            ]
-            out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
-        out.append("")
-        for key, unit in (("forgot", "bits per byte"), ("kl", "nats of KL a token")):
-            ours = seeds(rows, language, "neutral", goal, key)
-            for method in METHODS[1:]:
-                theirs = seeds(rows, language, method, goal, key)
-                shared = sorted(ours.keys() & theirs.keys())
-                if len(shared) > 1:
-                    pairs = [theirs[seed] - ours[seed] for seed in shared]
-                    low, high = interval(pairs)
-                    share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
-                    out.append(
-                        f"{method} − neutral: {np.mean(pairs):+.4f} {unit} ({low:+.4f} to {high:+.4f}), "
-                        f"{len(shared)} seeds; ratio {share:.2f}"
-                    )
+        for level in (PRIMARY, BELOW):
+            goal = equal_learning(rows, language, level)
+            share = "" if level == PRIMARY else f" ({level:.0%} of it)"
+            out += [f"\n{language}: at {goal:.3f} bits per byte learned{share}\n", "| method | forgot | on wiki | KL |"]
+            out.append("| --- | --- | --- | --- |")
+            for method in METHODS:
+                mine = of(rows, language, method)
+                cells = [forgetting_at([(r["learned"], r[key]) for r in mine], goal) for key in MEASURED]
+                out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
+            out += ["", *differences(rows, language, level)]
     return "\n".join(out)
 
 
-def seeds(rows: Sequence[dict], language: str, method: str, goal: float, key: str) -> dict[int, float]:
-    """Forgetting or KL at equal learning of each seed, on the line through its own two settings."""
-    mine = of(rows, language, method, "seeds")
+def differences(rows: Sequence[dict], language: str, level: float) -> Iterator[str]:
+    """The other methods minus neutral residues, paired by seed."""
+    for key, unit in (("forgot", "bits per byte"), ("kl", "nats of KL a token")):
+        ours = seeds(rows, language, "neutral", level, key)
+        for method in METHODS[1:]:
+            theirs = seeds(rows, language, method, level, key)
+            shared = sorted(ours.keys() & theirs.keys())
+            if len(shared) > 1:
+                pairs = [theirs[seed] - ours[seed] for seed in shared]
+                low, high = interval(pairs)
+                share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
+                yield (
+                    f"{method} − neutral: {np.mean(pairs):+.4f} {unit} ({low:+.4f} to {high:+.4f}), "
+                    f"{len(shared)} seeds; ratio {share:.2f}"
+                )
+
+
+def seeds(rows: Sequence[dict], language: str, method: str, level: float, key: str) -> dict[int, float]:
+    """Forgetting or KL at equal learning of each seed, on the line through its runs of the two chosen settings."""
+    goal, keep = equal_learning(rows, language, level), chosen(rows, language, method, level)
+    mine = [row for row in of(rows, language, method, "seeds") if row["setting"] in keep]
     found = {}
     for seed in sorted({row["seed"] for row in mine}):
         points = sorted((row["learned"], row[key]) for row in mine if row["seed"] == seed)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curves import ANCHOR, METHODS, chosen, table
+from curves import ANCHOR, BELOW, METHODS, PRIMARY, chosen, table
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -120,9 +120,8 @@ def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[tuple[str, str
         for method, settings in arms().items():
             yield from ((method, label, overrides, SWEEP_SEED) for label, overrides in settings)
         return
-    swept = [row for row in rows if row["language"] == language and row["stage"] == "sweep"]
-    found = arms()
-    keep = {method: chosen(swept, method) for method in found}
+    found, level = arms(), BELOW if stage == "below" else PRIMARY
+    keep = {method: chosen(rows, language, method, level) for method in found}
     if stage == "exploratory":
         for label, overrides in found["neutral"]:
             if label in keep["neutral"]:
@@ -143,12 +142,13 @@ def run(stage: str, path: Path, languages: list[str], methods: list[str], limit:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         done = {(row["stage"], row["language"], row["method"], row["setting"], row["seed"]) for row in rows}
         for method, label, overrides, seed in jobs(stage, language, rows):
-            if (stage != "exploratory" and method not in methods) or (stage, language, method, label, seed) in done:
+            kind = "seeds" if stage == "below" else stage  # runs of both levels may be shared
+            if (stage != "exploratory" and method not in methods) or (kind, language, method, label, seed) in done:
                 continue
             if limit is not None and limit <= 0:
                 return
             limit = None if limit is None else limit - 1
-            name = re.sub(r"[^\w.]+", "-", f"{stage} {language} {method} {label} {seed}")
+            name = re.sub(r"[^\w.]+", "-", f"{kind} {language} {method} {label} {seed}")
             split = overrides.split("|") if "|" in overrides else overrides.split()
             tests = f"{{{language}: work/text/test.{language}.jsonl, eng: work/text/test.eng.jsonl, "
             recipe = load_recipe(
@@ -167,7 +167,7 @@ def run(stage: str, path: Path, languages: list[str], methods: list[str], limit:
             result = run_recipe(recipe, progress=False)
             model, tokenizer = load(recipe.folder, tokenizer=True)
             changes = {score.language: score.change.value for score in result.scores}
-            row = {"stage": stage, "language": language, "method": method, "setting": label, "seed": seed}
+            row = {"stage": kind, "language": language, "method": method, "setting": label, "seed": seed}
             row |= {"learned": changes[language], "forgot": -changes["eng"], "forgot_wiki": -changes["eng-wiki"]}
             row |= {"kl": divergence(model, base, tokenizer, own), "trainable": result.cost.trainable_parameters}
             row["processor_seconds"] = round(time.process_time() - began, 1)
@@ -179,21 +179,27 @@ def run(stage: str, path: Path, languages: list[str], methods: list[str], limit:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--stages", nargs="+", choices=["text", "sweep", "seeds", "exploratory"], default=[])
+    parser.add_argument("--stages", nargs="+", choices=["text", "sweep", "seeds", "below", "exploratory"], default=[])
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--limit", type=int, help="so many runs at most")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="learning against forgetting")
     given = parser.parse_args()
     for stage in given.stages:
         if stage == "text":
             text_of(given.data)
         else:
             run(stage, given.rows, given.languages, given.methods, given.limit)
-    if given.table:
+    if given.table or given.picture:
         rows = [json.loads(line) for line in given.rows.read_text(encoding="utf-8").splitlines()]
-        print(table(rows))
+        if given.table:
+            print(table(rows))
+        if given.picture:
+            from picture import picture
+
+            given.picture.write_text(picture(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def test_the_table_compares_at_equal_learning(curves):
     slopes = {"neutral": 0.1, "vanilla": 0.5, "lora": 0.8, "full": 1.0}
     rows = [row for method, slope in slopes.items() for row in made_up(method, slope, "sweep", [0])]
     assert curves.equal_learning(rows, "dan") == 3.0
-    assert curves.chosen(rows, "lora") == {"lr 2.0", "lr 3.0"}
+    assert curves.chosen(rows, "dan", "lora") == {"lr 2.0", "lr 3.0"}
     for method, slope in slopes.items():
-        keep = curves.chosen([row for row in rows if row["stage"] == "sweep"], method)
+        keep = curves.chosen(rows, "dan", method)
         rows += [row for row in made_up(method, slope, "seeds", [1, 2, 3]) if row["setting"] in keep]
     page = curves.table(rows)
     assert "dan: at 3.000 bits per byte learned" in page
@@ -69,8 +69,18 @@ def test_the_table_compares_at_equal_learning(curves):
 def test_seeds_where_a_method_learns_more_than_the_others_in_all_its_settings(curves):
     rows = [row for method in curves.METHODS for row in made_up(method, 0.5, "sweep", [0])]
     rows = [row | {"learned": row["learned"] + 5 * (row["method"] == "lora")} for row in rows]
-    assert curves.chosen(rows, "lora") == {"lr 1.0", "lr 2.0"}, "the two nearest"
-    assert curves.chosen([row for row in rows if row["setting"] == "lr 2.0"], "lora") == {"lr 2.0"}
+    assert curves.chosen(rows, "dan", "lora") == {"lr 1.0", "lr 2.0"}, "the two nearest"
+    assert curves.chosen([row for row in rows if row["setting"] == "lr 2.0"], "dan", "lora") == {"lr 2.0"}
+
+
+def test_below_the_equal_learning_the_seeds_have_settings_of_their_own(curves):
+    slopes = {"neutral": 0.1, "vanilla": 0.5, "lora": 0.8, "full": 1.0}
+    rows = [row for method, slope in slopes.items() for row in made_up(method, slope, "sweep", [0])]
+    rows += [row for method, slope in slopes.items() for row in made_up(method, slope, "seeds", [1, 2])]
+    assert curves.chosen(rows, "dan", "vanilla", level=0.5) == {"lr 1.0", "lr 2.0"}
+    for seed, forgot in curves.seeds(rows, "dan", "vanilla", 0.5, "forgot").items():
+        assert forgot == pytest.approx(0.5 * 1.5), seed
+    assert "dan: at 2.700 bits per byte learned (90% of it)" in curves.table(rows)
 
 
 @pytest.mark.parametrize("name", ["recipe", "paper"])

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm.evaluation.bits_per_byte import bits_per_byte
+from graftlm.recipe import load_recipe, shipped
+from graftlm.run import run_recipe
 from graftlm.starter import starter_model, starter_path
 
 FOLDER = starter_model("starter-decoder")
@@ -52,3 +54,11 @@ def test_english_is_far_better_than_french_and_than_its_words_in_another_order(m
         for texts in (english, turned, french)
     ]
     assert scores[0] < scores[1] - 0.5 and scores[0] < scores[2] - 1
+
+
+def test_the_offline_recipe_teaches_it_french(tmp_path):
+    settings = ["training.max_steps=15", f"output.folder={tmp_path}"]
+    result = run_recipe(load_recipe(shipped()["new-language"], settings), progress=False)
+    change = {score.language: score.change for score in result.scores}
+    assert change["fra"].low > 0.3, "bits per byte, of 15 of 189 steps"
+    assert abs(change["eng"].value) < change["fra"].value
