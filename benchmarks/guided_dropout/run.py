@@ -1,6 +1,6 @@
 """Guided dropout against the same rates shuffled, and against other controls, on the starter encoder.
 
-    python run.py --data DATA [--stages select tune primary secondary exploratory] [--rows FILE]
+    python run.py --data DATA [--stages primary secondary exploratory pilot longer] [--rows FILE]
     python run.py --table
     python run.py --data DATA --check-rates 2000       are the rates those of many more texts?
 
@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +33,21 @@ CANDIDATES = ("sst2", "trec", "subj", "cola", "ag_news", "sib200")
 RATES = (1.5e-4, 5e-4)
 PRIMARY, SECONDARY, EXPLORATORY = ("guided", "shuffled"), ("usual", "uniform", "none"), ("reversed", "type")
 SEEDS = range(10)
-POOL, SHARE, EPOCHS, BATCH, LENGTH = 2000, 0.25, 3, 16, 32
+POOL, BATCH, LENGTH = 2000, 16, 32
 MOST_TEST, MOST_DEV = 1000, 500
+ON_DEV = ("select", "tune", "pilot")
+
+
+class Amount(NamedTuple):
+    """How much a run trains on: a share of the pool's rows, so many times."""
+
+    share: float = 0.25
+    epochs: int = 3
+
+
+SHORT = Amount()
+LONGER = (Amount(epochs=15), Amount(share=0.05, epochs=30))
+PILOT_SEEDS, ENOUGH = (100, 101, 102), 0.01  # what *usual* has to be above *none* on dev
 
 
 def read(path: Path) -> list[dict]:
@@ -102,16 +116,16 @@ class Runs:
             self._tasks[name] = (drawn(train, POOL), drawn(dev, MOST_DEV), drawn(test, MOST_TEST))
         return self._tasks[name]
 
-    def run(self, stage: str, task: str, arm: str, lr: float, seed: int, share: float = SHARE) -> dict:
-        key = {"stage": stage, "task": task, "arm": arm, "lr": lr, "seed": seed, "share": share}
+    def run(self, stage: str, task: str, arm: str, lr: float, seed: int, amount: Amount = SHORT) -> dict:
+        key = {"stage": stage, "task": task, "arm": arm, "lr": lr, "seed": seed, **amount._asdict()}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
                 return row
         began = time.perf_counter()
         pool, dev, test = self.task(task)
-        train = drawn(pool, round(share * len(pool)), seed)
-        model = self.trained(train, 1 + max(row["label"] for row in pool), arm, lr, seed)
-        on_dev = stage in ("select", "tune")
+        train = drawn(pool, round(amount.share * len(pool)), seed)
+        model = self.trained(train, 1 + max(row["label"] for row in pool), arm, lr, seed, amount.epochs)
+        on_dev = stage in ON_DEV
         right = self.right(model, dev if on_dev else test)
         bits = np.packbits(right).tobytes().hex()
         row = key | {"split": "dev" if on_dev else "test", "n": len(right), "score": float(right.mean()), "right": bits}
@@ -122,7 +136,7 @@ class Runs:
         print(f"{stage} {task} {arm} lr {lr:g} seed {seed}: {row['score']:.4f} ({row['seconds']} s)", flush=True)
         return row
 
-    def trained(self, train: list[dict], labels: int, arm: str, lr: float, seed: int) -> torch.nn.Module:
+    def trained(self, train: list[dict], labels: int, arm: str, lr: float, seed: int, epochs: int) -> torch.nn.Module:
         transformers.set_seed(1000 + seed)
         model = AutoModelForSequenceClassification.from_pretrained(STARTER, num_labels=labels)
         set_dropout(self.rates, arm, model, seed)
@@ -132,11 +146,11 @@ class Runs:
         optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr, weight_decay=0.01
         )
-        steps = EPOCHS * -(-len(train) // BATCH)
+        steps = epochs * -(-len(train) // BATCH)
         schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
         torch.manual_seed(2000 + seed)
         rng = random.Random(seed)
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             order = rng.sample(train, len(train))
             for start in range(0, len(order), BATCH):
                 with torch.autocast("cpu", torch.bfloat16):
@@ -184,24 +198,41 @@ class Runs:
         means = {lr: np.mean([self.run("tune", task, arm, lr, 101)["score"] for task in tasks]) for lr in RATES}
         return max(RATES, key=means.__getitem__)
 
-    def grid(self, stage: str, arms: tuple[str, ...], rates: dict[str, float], tasks: list[str], share=SHARE) -> None:
+    def grid(
+        self, stage: str, arms: tuple[str, ...], rates: dict[str, float], tasks: list[str], amount: Amount = SHORT
+    ) -> None:
         for seed in SEEDS:  # so that what is done at any moment is balanced
             for task in tasks:
                 for arm in arms:
-                    self.run(stage, task, arm, rates[arm], seed, share)
+                    self.run(stage, task, arm, rates[arm], seed, amount)
+
+    def longer(self, tasks: list[str], lr: float) -> Amount | None:
+        """Where dropout at the usual rates is worth most on dev, against none; None where it is worth nothing."""
+        gains = {}
+        for amount in LONGER:
+            pairs = [
+                self.run("pilot", task, "usual", lr, seed, amount)["score"]
+                - self.run("pilot", task, "none", lr, seed, amount)["score"]
+                for seed in PILOT_SEEDS
+                for task in tasks
+            ]
+            gains[amount] = np.mean(pairs)
+            print(f"{amount}: usual − none {100 * gains[amount]:+.2f} ± {100 * np.std(pairs, ddof=1) / 3:.2f} (dev)")
+        best = max(gains, key=gains.__getitem__)
+        return best if gains[best] > ENOUGH else None
 
 
-def outcomes(rows: list[dict], task: str, arm: str, share: float) -> dict[int, np.ndarray]:
-    stages = ("primary", "secondary", "exploratory")
-    chosen = [r for r in rows if (r["task"], r["arm"], r["share"]) == (task, arm, share) and r["stage"] in stages]
+def outcomes(rows: list[dict], task: str, arm: str, amount: Amount) -> dict[int, np.ndarray]:
+    kept = [r for r in rows if (r["task"], r["arm"], r["share"], r["epochs"]) == (task, arm, *amount)]
+    chosen = [r for r in kept if r["stage"] not in ON_DEV]
     return {r["seed"]: np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["n"]] for r in chosen}
 
 
-def compare(rows: list[dict], first: str, second: str, share: float, tasks: list[str], resamples: int = 10_000):
+def compare(rows: list[dict], first: str, second: str, amount: Amount, tasks: list[str], resamples: int = 10_000):
     """Mean difference over tasks, with a crossed bootstrap over the seeds and the items of each task."""
     values, draws, most = [], [], 0
     for number, task in enumerate(tasks):
-        a, b = (outcomes(rows, task, arm, share) for arm in (first, second))
+        a, b = (outcomes(rows, task, arm, amount) for arm in (first, second))
         seeds = sorted(a.keys() & b.keys())
         if len(seeds) < 2:
             return None
@@ -217,20 +248,20 @@ def compare(rows: list[dict], first: str, second: str, share: float, tasks: list
 def table(rows: list[dict]) -> Iterator[str]:
     done = [row for row in rows if row["stage"] == "primary"]
     tasks = sorted({row["task"] for row in done})
-    for share in sorted({row["share"] for row in rows if row["split"] == "test"}):
-        arms = [a for a in (*PRIMARY, *SECONDARY, *EXPLORATORY) if outcomes(rows, tasks[0], a, share)]
-        yield f"{share:.0%} of the rows: accuracy, mean ± standard deviation over seeds"
+    for amount in sorted({Amount(row["share"], row["epochs"]) for row in rows if row["split"] == "test"}):
+        arms = [a for a in (*PRIMARY, *SECONDARY, *EXPLORATORY) if outcomes(rows, tasks[0], a, amount)]
+        yield f"{amount.share:.0%} of the rows, {amount.epochs} epochs: accuracy, mean ± standard deviation over seeds"
         yield "| arm | " + " | ".join(tasks) + " | mean | seeds |"
         yield "| --- |" + " --- |" * (len(tasks) + 2)
         for arm in arms:
-            found = [[100 * v.mean() for v in outcomes(rows, task, arm, share).values()] for task in tasks]
+            found = [[100 * v.mean() for v in outcomes(rows, task, arm, amount).values()] for task in tasks]
             cells = [f"{np.mean(one):.1f} ± {np.std(one, ddof=1) if len(one) > 1 else 0:.1f}" for one in found]
             mean, seeds = np.mean([np.mean(one) for one in found]), min(map(len, found))
             yield f"| {arm} | {' | '.join(cells)} | {mean:.2f} | {seeds} |"
         yield ""
         yield "| guided minus | points | 95 % interval | p | Holm | seeds |"
         yield "| --- | --- | --- | --- | --- | --- |"
-        found = {arm: compare(rows, "guided", arm, share, tasks) for arm in arms[1:]}
+        found = {arm: compare(rows, "guided", arm, amount, tasks) for arm in arms[1:]}
         found = {arm: one for arm, one in found.items() if one}
         family = [arm for arm in found if arm in SECONDARY]
         corrected = (
@@ -242,7 +273,7 @@ def table(rows: list[dict]) -> Iterator[str]:
             yield f"| {arm} | {points} | {one.p:.3f} | {after} | {seeds} |"
         yield ""
         for task in tasks:
-            one = compare(rows, "guided", "shuffled", share, [task])
+            one = compare(rows, "guided", "shuffled", amount, [task])
             if one:
                 interval = f"{100 * one[0].low:+.2f} to {100 * one[0].high:+.2f}"
                 yield f"- {task}, guided minus shuffled: {100 * one[0].value:+.2f} ({interval})"
@@ -279,7 +310,11 @@ def main() -> None:
         runs.grid("secondary", SECONDARY, rates, tasks)
     if "exploratory" in arguments.stages:
         runs.grid("exploratory", EXPLORATORY, rates, tasks)
-        runs.grid("exploratory", PRIMARY, rates, tasks, share=1.0)
+        runs.grid("exploratory", PRIMARY, rates, tasks, Amount(share=1.0))
+    if {"pilot", "longer"} & set(arguments.stages):
+        amount = runs.longer(tasks, rates["guided"])
+        if amount and "longer" in arguments.stages:
+            runs.grid("longer", PRIMARY, rates, tasks, amount)
 
 
 if __name__ == "__main__":
