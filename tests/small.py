@@ -19,7 +19,10 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForMaskedLM
 
 from graftlm.adapters.bottleneck import BottleneckConfig
+from graftlm.evaluation.result import Result
+from graftlm.folder import load
 from graftlm.recipe import Recipe, load_recipe
+from graftlm.run import run_recipe
 
 COLOURS = ("red", "blue", "green")
 
@@ -99,3 +102,23 @@ def small_folder(folder: Path, *, train: int = 64, architecture: str = "bert", *
 def small_recipe(folder: Path, *overrides: str) -> Recipe:
     """The folder's recipe; its runs go into the same folder."""
     return load_recipe(folder / "recipe.yaml", [f"output.folder={json.dumps(str(folder / 'runs'))}", *overrides])
+
+
+def run(recipe: Recipe) -> Result:
+    return run_recipe(recipe, progress=False)
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def predicted(folder: Path) -> list[tuple]:
+    return [(row["language"], row["id"], row["prediction"]) for row in read_rows(folder / "predictions.jsonl")]
+
+
+def by_hand(folder: Path, texts: list[str]) -> list[str]:
+    """Predictions one text at a time, without Trainer, collator or decoding of ours."""
+    model, tokenizer = load(folder, tokenizer=True)
+    with torch.no_grad():
+        best = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    return [model.config.id2label[number] for number in best]

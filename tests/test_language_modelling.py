@@ -11,7 +11,7 @@ import torch
 from lms import lm
 from raw import byte_tokenizer, chain, raw_folder, raw_recipe
 from safetensors.torch import load_file
-from small import save_model, write_rows
+from small import read_rows, run, save_model, write_rows
 from tiny import ENCODERS, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -24,8 +24,7 @@ from graftlm.evaluation.result import Result
 from graftlm.folder import load
 from graftlm.language_modelling import logits_at
 from graftlm.measure.likelihood import IGNORED
-from graftlm.recipe import Recipe
-from graftlm.run import evaluate, run_recipe
+from graftlm.run import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +35,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def texts_of(folder: Path, name: str) -> list[str]:
-    return [row["text"] for row in rows(folder / f"{name}.jsonl")]
-
-
-def run(recipe: Recipe) -> Result:
-    return run_recipe(recipe, progress=False)
+    return [row["text"] for row in read_rows(folder / f"{name}.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,7 @@ def test_the_scores_are_those_of_the_loaded_model_and_of_the_base(made):
     assert (result.task, result.metric, result.source) == ("causal_lm", "bits_per_byte", "dan")
     model, tokenizer = load(folder, tokenizer=True)
     base = AutoModelForCausalLM.from_pretrained(made / "model").eval()
-    said = rows(folder / "predictions.jsonl")
+    said = read_rows(folder / "predictions.jsonl")
     for score in result.scores:
         texts = texts_of(made, f"test.{score.language}")
         size = sum(len(text.encode()) for text in texts)
@@ -103,7 +94,7 @@ def test_it_learns_the_new_language_and_forgets_of_the_old_one(made):
 
 def test_the_checkpoint_is_the_one_that_needs_the_fewest_bits_on_dev(made):
     folder = made / "runs" / "causal_lm"
-    scores = [row["eval_bits_per_byte"] for row in rows(folder / "log.jsonl") if "eval_bits_per_byte" in row]
+    scores = [row["eval_bits_per_byte"] for row in read_rows(folder / "log.jsonl") if "eval_bits_per_byte" in row]
     assert len(scores) == 3
     model, tokenizer = load(folder, tokenizer=True)
     ours = bits_per_byte(model, tokenizer, texts_of(made, "dev"), max_length=24, stride=8)

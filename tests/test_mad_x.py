@@ -10,7 +10,7 @@ import torch
 from adapters.bottlenecks import reference
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from small import save_language_adapter, save_model, small_folder, small_recipe
+from small import read_rows, save_language_adapter, save_model, small_folder, small_recipe
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import graftlm.prepare
@@ -38,10 +38,6 @@ def stack_folder(folder: Path, **settings) -> Path:
     return folder
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A finished run: the folder that holds recipe, model and runs."""
@@ -51,12 +47,12 @@ def made(tmp_path_factory) -> Path:
 
 
 def probabilities(folder: Path, language: str) -> torch.Tensor:
-    said = [row for row in rows(folder / "predictions.jsonl") if row["language"] == language]
+    said = [row for row in read_rows(folder / "predictions.jsonl") if row["language"] == language]
     return torch.tensor([row["scores"] for row in said])
 
 
 def texts(made: Path, language: str) -> list[str]:
-    return [row["text"] for row in rows(made / f"test.{language}.jsonl")]
+    return [row["text"] for row in read_rows(made / f"test.{language}.jsonl")]
 
 
 def test_each_language_is_scored_with_its_own_adapter_below(made):
@@ -155,7 +151,7 @@ def test_an_invertible_language_adapter_and_a_schedule(tmp_path):
     folder = stack_folder(tmp_path, invertible=True)
     recipe = small_recipe(folder, STACK, *SHORT, "unfreezing={schedule: gradual, every_n_steps: 2}")
     run_recipe(recipe, progress=False)
-    opened = [row["layer"] for row in rows(recipe.folder / "unfreezing.jsonl") if row["opened"]]
+    opened = [row["layer"] for row in read_rows(recipe.folder / "unfreezing.jsonl") if row["opened"]]
     assert opened == ["layer.2", "layer.1", "layer.0"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = load(recipe.folder, language="deu")
