@@ -1,6 +1,7 @@
 """What gate and penalty of neutral residues cost, and what closed gates save. See README.md.
 
     python benchmarks/neutral_residues_speed/run.py [--rounds 10] [--out results.jsonl]
+    python benchmarks/neutral_residues_speed/run.py --run RUN --text FILE.jsonl    a trained adapter, on old text
 
 Everything is a ratio between arms that take turns within one process; each row is written as soon as it is measured.
 """
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftlm
+from graftlm.folder import load
 
 VOCABULARY, WIDTH, LAYERS = 8192, 512, 6
 VANILLA = {"gate": "none", "penalty_weight": 0.0, "initialisation": "he"}
@@ -115,8 +117,8 @@ def training(rows: int, tokens: int, rounds: int):
             yield {"what": f"step, {arm} / vanilla", "round": number, "ratio": found[arm] / found["vanilla"]}
 
 
-def open_to(model: nn.Module, share: float, inputs: dict[str, torch.Tensor]) -> float:
-    """Shifts each gate so that about this share of the tokens opens it; returns what came of it."""
+def shift_gates(model: nn.Module, share: float, inputs: dict[str, torch.Tensor]) -> None:
+    """Shifts each gate so that about this share of the tokens opens it."""
     for name, leaf in model.named_modules():
         if name.endswith("residues_gate.default"):
             seen: list[torch.Tensor] = []
@@ -126,6 +128,10 @@ def open_to(model: nn.Module, share: float, inputs: dict[str, torch.Tensor]) -> 
             handle.remove()
             threshold = seen[0].quantile(1 - share) if share else seen[0].max() + 1
             leaf.bias = nn.Parameter(-threshold[None], requires_grad=False)
+
+
+def gates_open(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """The share of tokens with an open gate, mean over layers."""
     gates = graftlm.gate_statistics(model, {"text": [inputs]})
     return statistics.mean(gate.open or 0.0 for gate in gates)
 
@@ -135,21 +141,36 @@ def inference(rows: int, tokens: int, rounds: int):
     """A forward pass over that of the bare backbone, for several shares of open gates."""
     inputs = {key: value for key, value in batch(rows, tokens).items() if key != "labels"}
     bare, model = backbone().eval(), adapted().eval()
-    config = model.peft_config["default"]
     for share in OPEN:
-        config.sparse_inference = False
-        measured = open_to(model, share, inputs)
-        arms = {"bare": lambda: bare(**inputs), "dense": lambda: model(**inputs), "sparse": lambda: model(**inputs)}
-        for number in tqdm(range(rounds), desc=f"inference, {share:.0%} open"):
-            found = {}
-            for arm, work in arms.items() if number % 2 else reversed(arms.items()):
-                config.sparse_inference = arm == "sparse"
-                work()  # the first pass after a switch pays for the allocator
-                found[arm] = seconds(work)
-            for arm in ("dense", "sparse"):
-                ratio = found[arm] / found["bare"]
-                what = f"inference, {arm} / bare, {share:.0%} open"
-                yield {"what": what, "round": number, "ratio": ratio, "open": measured}
+        shift_gates(model, share, inputs)
+        yield from passes(bare, model, inputs, rounds, f"{share:.0%} open")
+
+
+@torch.no_grad()
+def trained(run: Path, file: Path, rows: int, tokens: int, rounds: int):
+    """The same for a trained adapter on text, at the sparsity that its gates have there."""
+    model, tokenizer = load(run, tokenizer=True)
+    texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    ids = [token for found in tokenizer(texts)["input_ids"] for token in found][: rows * tokens]
+    inputs = {"input_ids": torch.tensor(ids, device=device()).view(rows, tokens)}
+    yield from passes(load(run).unload().to(device()).eval(), model.to(device()).eval(), inputs, rounds, run.name)
+
+
+def passes(bare: nn.Module, model: nn.Module, inputs: dict[str, torch.Tensor], rounds: int, what: str):
+    """Forward passes, dense and sparse, over those of the bare backbone, in turns."""
+    config = model.peft_config["default"]
+    config.sparse_inference = False
+    measured = gates_open(model, inputs)
+    arms = {"bare": lambda: bare(**inputs), "dense": lambda: model(**inputs), "sparse": lambda: model(**inputs)}
+    for number in tqdm(range(rounds), desc=f"inference, {what}"):
+        found = {}
+        for arm, work in arms.items() if number % 2 else reversed(arms.items()):
+            config.sparse_inference = arm == "sparse"
+            work()  # the first pass after a switch pays for the allocator
+            found[arm] = seconds(work)
+        for arm in ("dense", "sparse"):
+            ratio = found[arm] / found["bare"]
+            yield {"what": f"inference, {arm} / bare, {what}", "round": number, "ratio": ratio, "open": measured}
 
 
 def main() -> None:
@@ -159,18 +180,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parts", nargs="+", choices=["training", "inference"], default=["training", "inference"])
+    parser.add_argument("--run", type=Path, help="a run with neutral residues: only its forward pass, on --text")
+    parser.add_argument("--text", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     about = {"device": name, "torch": torch.__version__, "rows": chosen.rows, "tokens": chosen.tokens}
     measured: dict[str, list[float]] = {}
+    shape = (chosen.rows, chosen.tokens, chosen.rounds)
+    if chosen.run:
+        found = trained(chosen.run, chosen.text, *shape)
+    else:
+        found = (row for part in chosen.parts for row in {"training": training, "inference": inference}[part](*shape))
     with chosen.out.open("a", encoding="utf-8") as file:
-        for part in chosen.parts:
-            for row in {"training": training, "inference": inference}[part](chosen.rows, chosen.tokens, chosen.rounds):
-                measured.setdefault(row["what"], []).append(row["ratio"])
-                file.write(json.dumps(row | about) + "\n")
-                file.flush()
+        for row in found:
+            measured.setdefault(row["what"], []).append(row["ratio"])
+            file.write(json.dumps(row | about) + "\n")
+            file.flush()
     for what, ratios in measured.items():
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds"
         print(f"{what}: {statistics.median(ratios):.3f} ({spread})")
