@@ -49,6 +49,7 @@ EXPLORED = {  # label → overrides, on each of the two settings that the seeds 
     "no penalty": "adapter.penalty_weight=0",
     "p = 0.5": "mixing.share=0.5",
     "1,000 new tokens": "new_tokens=1000",
+    "rate 2e-2": "training.learning_rate=0.02",
 }
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 LENGTH = 256
