@@ -76,7 +76,22 @@ def table(rows: Sequence[dict]) -> str:
                 cells = [forgetting_at([(r["learned"], r[key]) for r in mine], goal) for key in MEASURED]
                 out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
             out += ["", *differences(rows, language, level)]
+        out += explored(rows, language)
     return "\n".join(out)
+
+
+def explored(rows: Sequence[dict], language: str) -> list[str]:
+    """The exploratory runs, below those of the sweep that they are held against."""
+    mine = [row for row in rows if (row["language"], row["stage"]) == (language, "exploratory")]
+    out = ["", "| neutral residues | setting | learned | forgot | on wiki | KL |", "|" + " --- |" * 6] if mine else []
+    for setting in sorted({row["setting"] for row in mine}):
+        swept = [
+            row | {"method": "as in the sweep"} for row in of(rows, language, "neutral") if row["setting"] == setting
+        ]
+        for row in swept + [row for row in mine if row["setting"] == setting]:
+            cells = ["–" if row[key] is None else f"{row[key]:+.4f}" for key in ("learned", *MEASURED)]
+            out.append(f"| {row['method']} | {setting} | " + " | ".join(cells) + " |")
+    return out
 
 
 def differences(rows: Sequence[dict], language: str, level: float) -> Iterator[str]:

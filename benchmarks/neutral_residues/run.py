@@ -102,8 +102,10 @@ def arms() -> dict[str, list[tuple[str, str]]]:
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -> float:
-    """KL(backbone ‖ adapted), nats a token of the original domain."""
+def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -> float | None:
+    """KL(backbone ‖ adapted), nats a token of the original domain; None where the two have other tokens."""
+    if len(tokenizer) > base.config.vocab_size:
+        return None
     total, count = 0.0, 0
     scored = list(windows(texts, tokenizer, "causal_lm", max_length=LENGTH, stride=64))
     for start in range(0, len(scored), 16):

@@ -83,6 +83,15 @@ def test_below_the_equal_learning_the_seeds_have_settings_of_their_own(curves):
     assert "dan: at 2.700 bits per byte learned (90% of it)" in curves.table(rows)
 
 
+def test_exploratory_runs_stand_below_the_run_that_they_change(curves):
+    rows = [row for method in curves.METHODS for row in made_up(method, 0.5, "sweep", [0])]
+    tokens = {"method": "1,000 new tokens", "stage": "exploratory", "setting": "lr 2.0", "kl": None}
+    lines = curves.explored([*rows, rows[1] | tokens], "dan")[-2:]
+    assert lines[0].startswith("| as in the sweep | lr 2.0 | +2.0000 | +1.0000 |")
+    assert lines[1].startswith("| 1,000 new tokens | lr 2.0 |") and lines[1].endswith("| – |")
+    assert not curves.explored(rows, "dan")
+
+
 @pytest.mark.parametrize("name", ["recipe", "paper"])
 def test_its_recipes_are_recipes(name):
     recipe = load_recipe(FOLDER / f"{name}.yaml")
