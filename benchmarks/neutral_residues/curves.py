@@ -1,7 +1,7 @@
 """Learning against forgetting: each method's curve, and its forgetting where all have learned the same."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -94,31 +94,61 @@ def explored(rows: Sequence[dict], language: str) -> list[str]:
     return out
 
 
+def on_line(points: Sequence[tuple[float, float]], goal: float) -> float:
+    """On the line through two points, beyond them too.
+
+    >>> on_line([(1.0, 0.1), (2.0, 0.3)], 2.5)
+    0.4
+    """
+    (x0, y0), (x1, y1) = sorted(points)
+    return y0 + (y1 - y0) * (goal - x0) / (x1 - x0) if x1 > x0 else y0
+
+
+def on_front(points: Sequence[tuple[float, float]], goal: float) -> float:
+    """Between two points where neither is beaten by the other, and the nearest one beyond them.
+
+    >>> on_front([(1.0, 0.1), (2.0, 0.3)], 2.5), on_front([(1.0, 0.1), (0.9, 0.3)], 0.95)
+    (0.3, 0.1)
+    """
+    x, y = zip(*front(points), strict=True)
+    return float(np.interp(goal, x, y))
+
+
+READINGS = {"on the line through two settings": on_line, "without extrapolation": on_front}
+
+
 def differences(rows: Sequence[dict], language: str, level: float) -> Iterator[str]:
     """The other methods minus neutral residues, paired by seed."""
     for key, unit in (("forgot", "bits per byte"), ("kl", "nats of KL a token")):
-        ours = seeds(rows, language, "neutral", level, key)
-        for method in METHODS[1:]:
-            theirs = seeds(rows, language, method, level, key)
-            shared = sorted(ours.keys() & theirs.keys())
-            if len(shared) > 1:
-                pairs = [theirs[seed] - ours[seed] for seed in shared]
-                low, high = interval(pairs)
-                share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
-                yield (
-                    f"{method} − neutral: {np.mean(pairs):+.4f} {unit} ({low:+.4f} to {high:+.4f}), "
-                    f"{len(shared)} seeds; ratio {share:.2f}"
-                )
+        for words, read in READINGS.items():
+            ours = seeds(rows, language, "neutral", level, key, read)
+            for method in METHODS[1:]:
+                theirs = seeds(rows, language, method, level, key, read)
+                shared = sorted(ours.keys() & theirs.keys())
+                if len(shared) > 1:
+                    pairs = [theirs[seed] - ours[seed] for seed in shared]
+                    low, high = interval(pairs)
+                    share = np.mean([ours[seed] for seed in shared]) / np.mean([theirs[seed] for seed in shared])
+                    yield (
+                        f"- {method} − neutral: {np.mean(pairs):+.4f} {unit} ({low:+.4f} to {high:+.4f}), "
+                        f"{len(shared)} seeds; ratio {share:.2f} ({words})"
+                    )
 
 
-def seeds(rows: Sequence[dict], language: str, method: str, level: float, key: str) -> dict[int, float]:
-    """Forgetting or KL at equal learning of each seed, on the line through its runs of the two chosen settings."""
+def seeds(
+    rows: Sequence[dict],
+    language: str,
+    method: str,
+    level: float,
+    key: str,
+    read: Callable[[Sequence[tuple[float, float]], float], float] = on_line,
+) -> dict[int, float]:
+    """Forgetting or KL at equal learning of each seed, from its runs of the two chosen settings."""
     goal, keep = equal_learning(rows, language, level), chosen(rows, language, method, level)
     mine = [row for row in of(rows, language, method, "seeds") if row["setting"] in keep]
     found = {}
     for seed in sorted({row["seed"] for row in mine}):
-        points = sorted((row["learned"], row[key]) for row in mine if row["seed"] == seed)
+        points = [(row["learned"], row[key]) for row in mine if row["seed"] == seed]
         if len(points) == 2:
-            (x0, y0), (x1, y1) = points
-            found[seed] = y0 + (y1 - y0) * (goal - x0) / (x1 - x0) if x1 > x0 else y0
+            found[seed] = read(points, goal)
     return found

@@ -62,7 +62,7 @@ def test_the_table_compares_at_equal_learning(curves):
     page = curves.table(rows)
     assert "dan: at 3.000 bits per byte learned" in page
     assert "| vanilla | +1.5000 |" in page and "| neutral | +0.3000 |" in page
-    assert "vanilla − neutral: +1.2000 bits per byte (+1.2000 to +1.2000), 3 seeds; ratio 0.20" in page
+    assert "vanilla − neutral: +1.2000 bits per byte (+1.2000 to +1.2000), 3 seeds; ratio 0.20 (on the line" in page
     assert "lora − neutral: +0.7000 nats of KL a token (+0.7000 to +0.7000), 3 seeds; ratio 0.12" in page
 
 
