@@ -11,43 +11,41 @@ compared and was written first.
 import argparse
 import gzip
 import json
+import multiprocessing
 import random
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
+from plan import (
+    CANDIDATES,
+    ENOUGH,
+    EXPLORATORY,
+    LONGER,
+    ON_DEV,
+    PILOT_SEEDS,
+    PRIMARY,
+    RATES,
+    SECONDARY,
+    SEEDS,
+    SHORT,
+    Amount,
+    Job,
+)
 from scipy.stats import kendalltau
+from tables import table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from graftlm.measure.statistics import crossed, estimate, holm, resample_items, seed_weights
 from graftlm.starter import starter_model
 from graftlm.training.dropout.guided import GuidedDropout
 
 HERE = Path(__file__).parent
 STARTER = starter_model("starter")
-CANDIDATES = ("sst2", "trec", "subj", "cola", "ag_news", "sib200")
-RATES = (1.5e-4, 5e-4)
-PRIMARY, SECONDARY, EXPLORATORY = ("guided", "shuffled"), ("usual", "uniform", "none"), ("reversed", "type")
-SEEDS = range(10)
 POOL, BATCH, LENGTH = 2000, 16, 32
 MOST_TEST, MOST_DEV = 1000, 500
-ON_DEV = ("select", "tune", "pilot")
-
-
-class Amount(NamedTuple):
-    """How much a run trains on: a share of the pool's rows, so many times."""
-
-    share: float = 0.25
-    epochs: int = 3
-
-
-SHORT = Amount()
-LONGER = (Amount(epochs=15), Amount(share=0.05, epochs=30))
-PILOT_SEEDS, ENOUGH = (100, 101, 102), 0.01  # what *usual* has to be above *none* on dev
 
 
 def read(path: Path) -> list[dict]:
@@ -103,8 +101,8 @@ def set_dropout(rates: GuidedDropout, arm: str, model: torch.nn.Module, seed: in
 class Runs:
     """Trains and scores; what was done is in `rows`."""
 
-    def __init__(self, data: Path, rows: Path):
-        self.data, self.path = data, rows
+    def __init__(self, data: Path, rows: Path, device: str = "cpu", workers: int = 1):
+        self.data, self.path, self.device, self.workers = data, rows, device, workers
         self.rates = measured_rates(data, rows.with_name("rates.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(STARTER)
         self.rows = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
@@ -116,44 +114,64 @@ class Runs:
             self._tasks[name] = (drawn(train, POOL), drawn(dev, MOST_DEV), drawn(test, MOST_TEST))
         return self._tasks[name]
 
-    def run(self, stage: str, task: str, arm: str, lr: float, seed: int, amount: Amount = SHORT) -> dict:
-        key = {"stage": stage, "task": task, "arm": arm, "lr": lr, "seed": seed, **amount._asdict()}
-        for row in self.rows:
-            if all(row[name] == value for name, value in key.items()):
-                return row
-        began = time.perf_counter()
-        pool, dev, test = self.task(task)
-        train = drawn(pool, round(amount.share * len(pool)), seed)
-        model = self.trained(train, 1 + max(row["label"] for row in pool), arm, lr, seed, amount.epochs)
-        on_dev = stage in ON_DEV
-        right = self.right(model, dev if on_dev else test)
-        bits = np.packbits(right).tobytes().hex()
-        row = key | {"split": "dev" if on_dev else "test", "n": len(right), "score": float(right.mean()), "right": bits}
-        row["seconds"] = round(time.perf_counter() - began, 1)
+    def run(self, *asked) -> dict:
+        """The row of one run, see `Job`."""
+        return self.all([Job(*asked)])[0]
+
+    def all(self, asked: list[Job]) -> list[dict]:
+        """The rows of these runs; what is missing is done, in as many processes as there are workers."""
+        found = {job: row for job in asked for row in self.rows if job.is_row(row)}
+        left = [job for job in asked if job not in found]
+        if self.workers == 1:
+            for job in left:
+                found[job] = self._keep(self.perform(job))
+        elif left:
+            given = (self.data, self.path, self.device)
+            with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, given) as pool:
+                began = {pool.submit(_perform, job): job for job in left}
+                for finished in as_completed(began):
+                    found[began[finished]] = self._keep(finished.result())
+        return [found[job] for job in asked]
+
+    def _keep(self, row: dict) -> dict:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        print(f"{stage} {task} {arm} lr {lr:g} seed {seed}: {row['score']:.4f} ({row['seconds']} s)", flush=True)
+        told = {key: value for key, value in row.items() if key != "right"}
+        print(told, flush=True)
         return row
 
-    def trained(self, train: list[dict], labels: int, arm: str, lr: float, seed: int, epochs: int) -> torch.nn.Module:
-        transformers.set_seed(1000 + seed)
+    def perform(self, job: Job) -> dict:
+        """Trains and scores one run."""
+        began = time.perf_counter()
+        pool, dev, test = self.task(job.task)
+        train = drawn(pool, round(job.amount.share * len(pool)), job.seed)
+        model = self.trained(train, 1 + max(row["label"] for row in pool), job)
+        on_dev = job.stage in ON_DEV
+        right = self.right(model, dev if on_dev else test)
+        bits = np.packbits(right).tobytes().hex()
+        row = job.columns() | {"split": "dev" if on_dev else "test", "n": len(right), "score": float(right.mean())}
+        device = torch.cuda.get_device_name() if self.device == "cuda" else self.device
+        return row | {"right": bits, "seconds": round(time.perf_counter() - began, 1), "device": device}
+
+    def trained(self, train: list[dict], labels: int, job: Job) -> torch.nn.Module:
+        transformers.set_seed(1000 + job.seed)
         model = AutoModelForSequenceClassification.from_pretrained(STARTER, num_labels=labels)
-        set_dropout(self.rates, arm, model, seed)
-        model.train()
+        set_dropout(self.rates, job.arm, model, job.seed)
+        model.to(self.device).train()
         decayed = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr, weight_decay=0.01
+            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], job.lr, weight_decay=0.01
         )
-        steps = epochs * -(-len(train) // BATCH)
+        steps = job.amount.epochs * -(-len(train) // BATCH)
         schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-        torch.manual_seed(2000 + seed)
-        rng = random.Random(seed)
-        for _ in range(epochs):
+        torch.manual_seed(2000 + job.seed)
+        rng = random.Random(job.seed)
+        for _ in range(job.amount.epochs):
             order = rng.sample(train, len(train))
             for start in range(0, len(order), BATCH):
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(self.device, torch.bfloat16):
                     loss = model(**self.batch(order[start : start + BATCH])).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,11 +183,8 @@ class Runs:
     def batch(self, rows: list[dict]) -> dict:
         texts = [row["text"] for row in rows]
         batch = self.tokenizer(texts, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "labels": torch.tensor([row["label"] for row in rows]),
-        }
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")}
 
     @torch.no_grad()
     def right(self, model: torch.nn.Module, rows: list[dict]) -> np.ndarray:
@@ -179,9 +194,9 @@ class Runs:
             part = order[start : start + 64]
             batch = self.batch([rows[i] for i in part])
             labels = batch.pop("labels")
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device, torch.bfloat16):
                 logits = model(**batch).logits
-            right[part] = (logits.argmax(-1) == labels).numpy()
+            right[part] = (logits.argmax(-1) == labels).cpu().numpy()
         return right
 
     def chosen_tasks(self) -> list[str]:
@@ -201,83 +216,43 @@ class Runs:
     def grid(
         self, stage: str, arms: tuple[str, ...], rates: dict[str, float], tasks: list[str], amount: Amount = SHORT
     ) -> None:
-        for seed in SEEDS:  # so that what is done at any moment is balanced
-            for task in tasks:
-                for arm in arms:
-                    self.run(stage, task, arm, rates[arm], seed, amount)
+        """Seed by seed, so that what is done at any moment is balanced."""
+        self.all([Job(stage, task, arm, rates[arm], seed, amount) for seed in SEEDS for task in tasks for arm in arms])
 
     def longer(self, tasks: list[str], lr: float) -> Amount | None:
         """Where dropout at the usual rates is worth most on dev, against none; None where it is worth nothing."""
+        runs = [(amount, seed, task) for amount in LONGER for seed in PILOT_SEEDS for task in tasks]
+        rows = self.all([Job("pilot", task, arm, lr, s, a) for a, s, task in runs for arm in ("usual", "none")])
         gains = {}
         for amount in LONGER:
             pairs = [
-                self.run("pilot", task, "usual", lr, seed, amount)["score"]
-                - self.run("pilot", task, "none", lr, seed, amount)["score"]
-                for seed in PILOT_SEEDS
-                for task in tasks
+                usual["score"] - none["score"]
+                for usual, none in zip(rows[::2], rows[1::2], strict=True)
+                if (usual["share"], usual["epochs"]) == amount
             ]
             gains[amount] = np.mean(pairs)
-            print(f"{amount}: usual − none {100 * gains[amount]:+.2f} ± {100 * np.std(pairs, ddof=1) / 3:.2f} (dev)")
+            spread = np.std(pairs, ddof=1) / len(pairs) ** 0.5
+            print(f"{amount}: usual − none {100 * gains[amount]:+.2f} ± {100 * spread:.2f} (dev)")
         best = max(gains, key=gains.__getitem__)
         return best if gains[best] > ENOUGH else None
 
 
-def outcomes(rows: list[dict], task: str, arm: str, amount: Amount) -> dict[int, np.ndarray]:
-    kept = [r for r in rows if (r["task"], r["arm"], r["share"], r["epochs"]) == (task, arm, *amount)]
-    chosen = [r for r in kept if r["stage"] not in ON_DEV]
-    return {r["seed"]: np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["n"]] for r in chosen}
+_RUNS: list[Runs] = []  # of a worker process: data and tokenizer are read once
 
 
-def compare(rows: list[dict], first: str, second: str, amount: Amount, tasks: list[str], resamples: int = 10_000):
-    """Mean difference over tasks, with a crossed bootstrap over the seeds and the items of each task."""
-    values, draws, most = [], [], 0
-    for number, task in enumerate(tasks):
-        a, b = (outcomes(rows, task, arm, amount) for arm in (first, second))
-        seeds = sorted(a.keys() & b.keys())
-        if len(seeds) < 2:
-            return None
-        most = max(most, len(seeds))
-        difference = np.array([a[seed].astype(float) - b[seed] for seed in seeds])
-        statistics = [lambda w, row=row: w @ row / len(row) for row in difference]
-        weights = seed_weights(len(seeds), resamples, number)
-        draws.append(crossed(resample_items(statistics, difference.shape[1], resamples, number), weights))
-        values.append(difference.mean())
-    return estimate(float(np.mean(values)), np.mean(draws, axis=0)), most
+def _begin(data: Path, rows: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    _quiet()
+    _RUNS.append(Runs(data, rows, device))
 
 
-def table(rows: list[dict]) -> Iterator[str]:
-    done = [row for row in rows if row["stage"] == "primary"]
-    tasks = sorted({row["task"] for row in done})
-    for amount in sorted({Amount(row["share"], row["epochs"]) for row in rows if row["split"] == "test"}):
-        arms = [a for a in (*PRIMARY, *SECONDARY, *EXPLORATORY) if outcomes(rows, tasks[0], a, amount)]
-        yield f"{amount.share:.0%} of the rows, {amount.epochs} epochs: accuracy, mean ± standard deviation over seeds"
-        yield "| arm | " + " | ".join(tasks) + " | mean | seeds |"
-        yield "| --- |" + " --- |" * (len(tasks) + 2)
-        for arm in arms:
-            found = [[100 * v.mean() for v in outcomes(rows, task, arm, amount).values()] for task in tasks]
-            cells = [f"{np.mean(one):.1f} ± {np.std(one, ddof=1) if len(one) > 1 else 0:.1f}" for one in found]
-            mean, seeds = np.mean([np.mean(one) for one in found]), min(map(len, found))
-            yield f"| {arm} | {' | '.join(cells)} | {mean:.2f} | {seeds} |"
-        yield ""
-        yield "| guided minus | points | 95 % interval | p | Holm | seeds |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        found = {arm: compare(rows, "guided", arm, amount, tasks) for arm in arms[1:]}
-        found = {arm: one for arm, one in found.items() if one}
-        family = [arm for arm in found if arm in SECONDARY]
-        corrected = (
-            dict(zip(family, holm(np.array([found[arm][0].p for arm in family])), strict=True)) if family else {}
-        )
-        for arm, (one, seeds) in found.items():
-            after = f"{corrected[arm]:.3f}" if arm in corrected else "–"
-            points = f"{100 * one.value:+.2f} | {100 * one.low:+.2f} to {100 * one.high:+.2f}"
-            yield f"| {arm} | {points} | {one.p:.3f} | {after} | {seeds} |"
-        yield ""
-        for task in tasks:
-            one = compare(rows, "guided", "shuffled", amount, [task])
-            if one:
-                interval = f"{100 * one[0].low:+.2f} to {100 * one[0].high:+.2f}"
-                yield f"- {task}, guided minus shuffled: {100 * one[0].value:+.2f} ({interval})"
-        yield ""
+def _perform(job: Job) -> dict:
+    return _RUNS[0].perform(job)
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -286,6 +261,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--stages", nargs="+", default=["primary", "secondary", "exploratory"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--check-rates", type=int, metavar="TEXTS")
     arguments = parser.parse_args()
@@ -296,9 +273,8 @@ def main() -> None:
     if arguments.check_rates:
         print(check_rates(arguments.data, arguments.rows.with_name("rates.json"), arguments.check_rates))
         return
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    runs = Runs(arguments.data, arguments.rows)
+    _quiet()
+    runs = Runs(arguments.data, arguments.rows, arguments.device, arguments.workers)
     print(runs.rates.table())
     tasks = runs.chosen_tasks()
     rates = {arm: runs.tuned(arm, tasks) for arm in PRIMARY}

@@ -8,17 +8,20 @@ compared and was written first.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import random
 import re
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from curves import ANCHOR, BELOW, METHODS, PRIMARY, chosen, table
+from curves import ANCHOR, BELOW, PRIMARY, chosen, table
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -110,6 +113,7 @@ def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -
     scored = list(windows(texts, tokenizer, "causal_lm", max_length=LENGTH, stride=64))
     for start in range(0, len(scored), 16):
         batch = collate([vars(window) for window in scored[start : start + 16]], tokenizer)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         kept = batch.pop("labels")[:, 1:] != -100
         ours, theirs = (one(**batch).logits[:, :-1][kept].float().log_softmax(-1) for one in (model, base))
         total += float((theirs.exp() * (theirs - ours)).sum())
@@ -117,66 +121,93 @@ def divergence(model: nn.Module, base: nn.Module, tokenizer, texts: list[str]) -
     return total / count
 
 
-def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[tuple[str, str, str, int]]:
-    """(method, label of a setting, overrides, seed); for the seeds two settings each, read off the sweep."""
+class Job(NamedTuple):
+    """One run of the study."""
+
+    stage: str
+    language: str
+    method: str
+    setting: str
+    overrides: str
+    seed: int
+
+    def key(self) -> tuple:
+        return self.stage, self.language, self.method, self.setting, self.seed
+
+
+def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[Job]:
+    """The runs of a stage; those with seeds have two settings a method, read off the sweep."""
+    found = arms()
     if stage == "sweep":
-        for method, settings in arms().items():
-            yield from ((method, label, overrides, SWEEP_SEED) for label, overrides in settings)
+        for method, settings in found.items():
+            yield from (Job(stage, language, method, label, overrides, SWEEP_SEED) for label, overrides in settings)
         return
-    found, level = arms(), BELOW if stage == "below" else PRIMARY
-    keep = {method: chosen(rows, language, method, level) for method in found}
+    keep = {method: chosen(rows, language, method, BELOW if stage == "below" else PRIMARY) for method in found}
     if stage == "exploratory":
         for label, overrides in found["neutral"]:
             if label in keep["neutral"]:
                 for name, more in EXPLORED.items():
-                    yield name, label, f"{overrides} {more}", SWEEP_SEED
+                    yield Job(stage, language, name, label, f"{overrides} {more}", SWEEP_SEED)
         return
     for seed in SEEDS:
         for method, settings in found.items():
             if method != ANCHOR:
-                yield from ((method, label, overrides, seed) for label, overrides in settings if label in keep[method])
+                for label, overrides in settings:
+                    if label in keep[method]:  # both levels may share runs
+                        yield Job("seeds", language, method, label, overrides, seed)
 
 
-def run(stage: str, path: Path, languages: list[str], methods: list[str], limit: int | None) -> None:
-    base = LlamaForCausalLM.from_pretrained(starter_model("starter-decoder")).eval()
+@functools.cache
+def backbone() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(starter_model("starter-decoder")).eval()
+
+
+def perform(job: Job) -> dict:
+    """Trains, scores; the row of one run."""
+    name = re.sub(r"[^\w.]+", "-", " ".join(map(str, job.key())))
+    tests = {job.language: job.language, "eng": "eng", "eng-wiki": "wiki"}
+    recipe = load_recipe(
+        HERE / "recipe.yaml",
+        [
+            f"name={name}",
+            f"source={job.language}",
+            f"data.train=work/text/train.{job.language}.jsonl",
+            f"data.test={json.dumps({tag: f'work/text/test.{text}.jsonl' for tag, text in tests.items()})}",
+            f"output.folder={WORK / 'runs'}",
+            f"seed={job.seed}",
+            *(job.overrides.split("|") if "|" in job.overrides else job.overrides.split()),
+        ],
+    )
+    result = run_recipe(recipe, progress=False)
+    changes = {score.language: score.change.value for score in result.scores}
+    model, tokenizer = load(recipe.folder, tokenizer=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = (WORK / "text/test.eng.jsonl").read_text(encoding="utf-8").splitlines()
     own = [json.loads(line)["text"] for line in lines][:200]
-    for language in languages:
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        done = {(row["stage"], row["language"], row["method"], row["setting"], row["seed"]) for row in rows}
-        for method, label, overrides, seed in jobs(stage, language, rows):
-            kind = "seeds" if stage == "below" else stage  # runs of both levels may be shared
-            if (stage != "exploratory" and method not in methods) or (kind, language, method, label, seed) in done:
-                continue
-            if limit is not None and limit <= 0:
-                return
-            limit = None if limit is None else limit - 1
-            name = re.sub(r"[^\w.]+", "-", f"{kind} {language} {method} {label} {seed}")
-            split = overrides.split("|") if "|" in overrides else overrides.split()
-            tests = f"{{{language}: work/text/test.{language}.jsonl, eng: work/text/test.eng.jsonl, "
-            recipe = load_recipe(
-                HERE / "recipe.yaml",
-                [
-                    f"name={name}",
-                    f"source={language}",
-                    f"data.train=work/text/train.{language}.jsonl",
-                    f"data.test={tests}eng-wiki: work/text/test.wiki.jsonl}}",
-                    f"output.folder={WORK / 'runs'}",
-                    f"seed={seed}",
-                    *split,
-                ],
-            )
-            began = time.process_time()
-            result = run_recipe(recipe, progress=False)
-            model, tokenizer = load(recipe.folder, tokenizer=True)
-            changes = {score.language: score.change.value for score in result.scores}
-            row = {"stage": kind, "language": language, "method": method, "setting": label, "seed": seed}
-            row |= {"learned": changes[language], "forgot": -changes["eng"], "forgot_wiki": -changes["eng-wiki"]}
-            row |= {"kl": divergence(model, base, tokenizer, own), "trainable": result.cost.trainable_parameters}
-            row["processor_seconds"] = round(time.process_time() - began, 1)
+    return {
+        **dict(zip(("stage", "language", "method", "setting", "seed"), job.key(), strict=True)),
+        "learned": changes[job.language],
+        "forgot": -changes["eng"],
+        "forgot_wiki": -changes["eng-wiki"],
+        "kl": divergence(model.to(device), backbone().to(device), tokenizer, own),
+        "trainable": result.cost.trainable_parameters,
+        "train_seconds": round(result.cost.train_seconds, 1),
+        "device": result.cost.device,
+    }
+
+
+def run(stage: str, path: Path, languages: list[str], workers: int) -> None:
+    """The runs of a stage that have no row yet, in as many processes."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {tuple(row[key] for key in ("stage", "language", "method", "setting", "seed")) for row in rows}
+    left = [job for language in languages for job in jobs(stage, language, rows) if job.key() not in done]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for finished in as_completed([pool.submit(perform, job) for job in left]):
+            row = finished.result()
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+            shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+            print(shown, flush=True)
 
 
 def main() -> None:
@@ -184,8 +215,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--stages", nargs="+", choices=["text", "sweep", "seeds", "below", "exploratory"], default=[])
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--limit", type=int, help="so many runs at most")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="learning against forgetting")
@@ -194,7 +224,7 @@ def main() -> None:
         if stage == "text":
             text_of(given.data)
         else:
-            run(stage, given.rows, given.languages, given.methods, given.limit)
+            run(stage, given.rows, given.languages, given.workers)
     if given.table or given.picture:
         rows = [json.loads(line) for line in given.rows.read_text(encoding="utf-8").splitlines()]
         if given.table:
