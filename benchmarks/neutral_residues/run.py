@@ -201,13 +201,20 @@ def run(stage: str, path: Path, languages: list[str], workers: int) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {tuple(row[key] for key in ("stage", "language", "method", "setting", "seed")) for row in rows}
     left = [job for language in languages for job in jobs(stage, language, rows) if job.key() not in done]
+    failed = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for finished in as_completed([pool.submit(perform, job) for job in left]):
+        began = {pool.submit(perform, job): job for job in left}
+        for finished in as_completed(began):
+            if error := finished.exception():  # the others go on
+                failed.append(f"{began[finished].key()}: {error}")
+                continue
             row = finished.result()
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
             print(shown, flush=True)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def main() -> None:
