@@ -130,7 +130,7 @@ def said_in(recipe) -> dict:
 
 def show(which: str, rows: Rows) -> None:
     """Prints the tables of a set, of the seeds that are whole; the rows of the study go beside this file."""
-    from tables import costs, rates, summary
+    from tables import by_language, costs, rates, summary
 
     kept, planned = HERE / f"rows.{which}.jsonl", rows.scale.of(which).seeds
     if kept.is_file() and rows.scale == STUDY:
@@ -140,6 +140,8 @@ def show(which: str, rows: Rows) -> None:
         sys.exit(f"{which}: no seed is whole yet; --data DATA makes the runs")
     scale = replace(rows.scale, seeds=seeds)
     print(f"## {which}: {seeds} of {planned} seeds\n\n{summary(rows, which, scale)}\n")
+    if len(scale.of(which).languages) > 1:
+        print(f"{by_language(rows, which, scale)}\n")
     print(f"{rates(rows, which, scale)}\n\n{costs(rows, which, scale)}\n")
     if rows.scale == STUDY:
         rows.save(kept)

@@ -1,6 +1,7 @@
 """The tables of the FLARE study's README, from rows."""
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 from plan import PRIMARY, SETS, STUDY, Job, Scale, jobs, tag_of
@@ -61,6 +62,19 @@ def summary(rows: Rows, which: str, scale: Scale = STUDY) -> str:
         interval = f"{100 * one.low:+.2f} to {100 * one.high:+.2f}"
         difference = f"{100 * tables[name].mean():.2f} | {100 * one.value:+.2f}"
         lines.append(f"| {name} | {difference} | {interval} | {one.p:.4f} | {p:.4f} |")
+    return "\n".join(lines)
+
+
+def by_language(rows: Rows, which: str, scale: Scale = STUDY) -> str:
+    """Accuracy of each arm in each language, mean and standard deviation over seeds."""
+    tags = scale.of(which).languages
+    found = {tag: outcomes(rows, which, replace(scale, languages=(tag,))) for tag in tags}
+    lines = ["| accuracy | " + " | ".join(tags) + " |", "|---" * (1 + len(tags)) + "|"]
+    for name in found[tags[0]]:
+        seeds = [100 * found[tag][name].mean(1) for tag in tags]
+        spread = [one.std(ddof=1) if len(one) > 1 else float("nan") for one in seeds]
+        cells = [f"{one.mean():.1f} ± {sd:.1f}" for one, sd in zip(seeds, spread, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ def table(rows: Sequence[dict]) -> str:
                 cells = [forgetting_at([(r["learned"], r[key]) for r in mine], goal) for key in MEASURED]
                 out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
             out += ["", *differences(rows, language, level)]
-        out += explored(rows, language)
+        out += explored(rows, language) + again(rows, language)
     return "\n".join(out)
 
 
@@ -91,6 +91,28 @@ def explored(rows: Sequence[dict], language: str) -> list[str]:
         for row in swept + [row for row in mine if row["setting"] == setting]:
             cells = ["–" if row[key] is None else f"{row[key]:+.4f}" for key in ("learned", *MEASURED)]
             out.append(f"| {row['method']} | {setting} | " + " | ".join(cells) + " |")
+    return out
+
+
+def again(rows: Sequence[dict], language: str) -> list[str]:
+    """The setting that was tried again: its own learning and forgetting, beside the others' at the primary level."""
+    mine = {row["seed"]: row for row in rows if (row["language"], row["stage"]) == (language, "again")}
+    if len(mine) < 2:
+        return []
+    learned, forgot = (np.array([row[key] for row in mine.values()]) for key in ("learned", "forgot"))
+    spread = f"{learned.min():.3f} to {learned.max():.3f} over {len(mine)} seeds"
+    name, level = next(iter(mine.values()))["method"], equal_learning(rows, language)
+    out = ["", f"{name}: learned {learned.mean():.3f} ({spread}), forgot {forgot.mean():+.4f}; at {level:.3f} learned"]
+    for method in METHODS[1:]:
+        theirs = seeds(rows, language, method, PRIMARY, "forgot", on_front)
+        if shared := sorted(theirs.keys() & mine.keys()):
+            pairs = [theirs[seed] - mine[seed]["forgot"] for seed in shared]
+            low, high = interval(pairs)
+            other = np.mean([theirs[seed] for seed in shared])
+            out.append(
+                f"- {method} forgot {other:+.4f}, {np.mean(pairs):+.4f} more ({low:+.4f} to {high:+.4f}); "
+                f"ratio {1 - np.mean(pairs) / other:.2f}"
+            )
     return out
 
 

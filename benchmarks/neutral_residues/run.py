@@ -54,8 +54,10 @@ EXPLORED = {  # label → overrides, on each of the two settings that the seeds 
     "1,000 new tokens": "new_tokens=1000",
     "rate 2e-2": "training.learning_rate=0.02",
 }
+AGAIN = ("He initialisation", "lr 0.01, alpha 10", "adapter.initialisation=he adapter.penalty_weight=10")
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 LENGTH = 256
+STAGES = ("text", "sweep", "seeds", "below", "exploratory", "again")
 
 
 def write(name: str, texts: list[str]) -> None:
@@ -149,6 +151,10 @@ def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[Job]:
                 for name, more in EXPLORED.items():
                     yield Job(stage, language, name, label, f"{overrides} {more}", SWEEP_SEED)
         return
+    if stage == "again":
+        method, label, overrides = AGAIN
+        yield from (Job(stage, language, method, label, f"{overrides} training.learning_rate=0.01", s) for s in SEEDS)
+        return
     for seed in SEEDS:
         for method, settings in found.items():
             if method != ANCHOR:
@@ -162,8 +168,8 @@ def backbone() -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(starter_model("starter-decoder")).eval()
 
 
-def perform(job: Job) -> dict:
-    """Trains, scores; the row of one run."""
+def perform(job: Job, more: tuple[str, ...] = ()) -> dict:
+    """Trains, scores; the row of one run. `more` is set in the recipe whatever the job."""
     name = re.sub(r"[^\w.]+", "-", " ".join(map(str, job.key())))
     tests = {job.language: job.language, "eng": "eng", "eng-wiki": "wiki"}
     recipe = load_recipe(
@@ -176,6 +182,7 @@ def perform(job: Job) -> dict:
             f"output.folder={WORK / 'runs'}",
             f"seed={job.seed}",
             *(job.overrides.split("|") if "|" in job.overrides else job.overrides.split()),
+            *more,
         ],
     )
     result = run_recipe(recipe, progress=False)
@@ -196,14 +203,14 @@ def perform(job: Job) -> dict:
     }
 
 
-def run(stage: str, path: Path, languages: list[str], workers: int) -> None:
+def run(stage: str, path: Path, languages: list[str], workers: int, more: tuple[str, ...] = ()) -> None:
     """The runs of a stage that have no row yet, in as many processes."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {tuple(row[key] for key in ("stage", "language", "method", "setting", "seed")) for row in rows}
     left = [job for language in languages for job in jobs(stage, language, rows) if job.key() not in done]
     failed = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        began = {pool.submit(perform, job): job for job in left}
+        began = {pool.submit(perform, job, more): job for job in left}
         for finished in as_completed(began):
             if error := finished.exception():  # the others go on
                 failed.append(f"{began[finished].key()}: {error}")
@@ -220,8 +227,9 @@ def run(stage: str, path: Path, languages: list[str], workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--stages", nargs="+", choices=["text", "sweep", "seeds", "below", "exploratory"], default=[])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[])
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    parser.add_argument("--set", nargs="+", default=[], help="training.precision=float32 on a processor without bf16")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--table", action="store_true")
@@ -231,7 +239,7 @@ def main() -> None:
         if stage == "text":
             text_of(given.data)
         else:
-            run(stage, given.rows, given.languages, given.workers)
+            run(stage, given.rows, given.languages, given.workers, tuple(given.set))
     if given.table or given.picture:
         rows = [json.loads(line) for line in given.rows.read_text(encoding="utf-8").splitlines()]
         if given.table:
