@@ -101,8 +101,8 @@ def set_dropout(rates: GuidedDropout, arm: str, model: torch.nn.Module, seed: in
 class Runs:
     """Trains and scores; what was done is in `rows`."""
 
-    def __init__(self, data: Path, rows: Path, device: str = "cpu", workers: int = 1):
-        self.data, self.path, self.device, self.workers = data, rows, device, workers
+    def __init__(self, data: Path, rows: Path, device: str = "cpu", bf16: bool = True, workers: int = 1):
+        self.data, self.path, self.device, self.bf16, self.workers = data, rows, device, bf16, workers
         self.rates = measured_rates(data, rows.with_name("rates.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(STARTER)
         self.rows = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
@@ -126,7 +126,7 @@ class Runs:
             for job in left:
                 found[job] = self._keep(self.perform(job))
         elif left:
-            given = (self.data, self.path, self.device)
+            given = (self.data, self.path, self.device, self.bf16)
             with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, given) as pool:
                 began = {pool.submit(_perform, job): job for job in left}
                 for finished in as_completed(began):
@@ -151,8 +151,9 @@ class Runs:
         right = self.right(model, dev if on_dev else test)
         bits = np.packbits(right).tobytes().hex()
         row = job.columns() | {"split": "dev" if on_dev else "test", "n": len(right), "score": float(right.mean())}
+        row |= {"right": bits, "seconds": round(time.perf_counter() - began, 1)}
         device = torch.cuda.get_device_name() if self.device == "cuda" else self.device
-        return row | {"right": bits, "seconds": round(time.perf_counter() - began, 1), "device": device}
+        return row | {"device": device, "precision": "bf16" if self.bf16 else "float32"}
 
     def trained(self, train: list[dict], labels: int, job: Job) -> torch.nn.Module:
         transformers.set_seed(1000 + job.seed)
@@ -171,7 +172,7 @@ class Runs:
         for _ in range(job.amount.epochs):
             order = rng.sample(train, len(train))
             for start in range(0, len(order), BATCH):
-                with torch.autocast(self.device, torch.bfloat16):
+                with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                     loss = model(**self.batch(order[start : start + BATCH])).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -194,7 +195,7 @@ class Runs:
             part = order[start : start + 64]
             batch = self.batch([rows[i] for i in part])
             labels = batch.pop("labels")
-            with torch.autocast(self.device, torch.bfloat16):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                 logits = model(**batch).logits
             right[part] = (logits.argmax(-1) == labels).cpu().numpy()
         return right
@@ -240,10 +241,10 @@ class Runs:
 _RUNS: list[Runs] = []  # of a worker process: data and tokenizer are read once
 
 
-def _begin(data: Path, rows: Path, device: str) -> None:
+def _begin(data: Path, rows: Path, device: str, bf16: bool) -> None:
     torch.set_num_threads(1)
     _quiet()
-    _RUNS.append(Runs(data, rows, device))
+    _RUNS.append(Runs(data, rows, device, bf16))
 
 
 def _perform(job: Job) -> dict:
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["primary", "secondary", "exploratory"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--float32", action="store_true", help="no autocast, on a processor without bf16 instructions")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--check-rates", type=int, metavar="TEXTS")
@@ -274,7 +276,7 @@ def main() -> None:
         print(check_rates(arguments.data, arguments.rows.with_name("rates.json"), arguments.check_rates))
         return
     _quiet()
-    runs = Runs(arguments.data, arguments.rows, arguments.device, arguments.workers)
+    runs = Runs(arguments.data, arguments.rows, arguments.device, not arguments.float32, arguments.workers)
     print(runs.rates.table())
     tasks = runs.chosen_tasks()
     rates = {arm: runs.tuned(arm, tasks) for arm in PRIMARY}

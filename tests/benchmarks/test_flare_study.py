@@ -180,6 +180,11 @@ def test_the_tables_follow_from_the_rows(study, tmp_path, monkeypatch, capsys):
     for arm, table in tables.items():
         expected = [[right(arm, seed, fold, i) for fold in (1, 3, 5) for i in range(10)] for seed in range(5)]
         assert table == pytest.approx(np.array(expected))
+    cells = [line.strip("| ").split(" | ") for line in study.tables.by_language(rows, "primary").splitlines()[2:]]
+    for arm, *values in cells:
+        mean = np.mean([float(value.split(" ± ")[0]) for value in values])
+        assert mean == pytest.approx(100 * tables[arm].mean(), abs=0.1)
+    assert {arm for arm, *_ in cells} == tables.keys()
     priced = study.tables.costs(rows, "primary").splitlines()
     assert "| step 1 | 15 | 36 | 0.15 |" in priced and "| FLARE | 32 | 90 | 0.80 |" in priced
     assert priced[-1] == "| all | 127 | | 2.95 |"

@@ -54,7 +54,10 @@ def is_fsdp() -> bool:
 def _checkpointing(args, model) -> bool:
     """transformers calls it activation checkpointing from 5.23 on, gradient checkpointing before."""
     said = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
-    return bool(said or getattr(model, "is_activation_checkpointing", False))
+    name = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )
+    return bool(said or getattr(model, name, False))
 
 
 def check_traceable() -> None:
