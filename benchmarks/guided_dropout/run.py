@@ -73,9 +73,9 @@ def pretraining_texts(data: Path) -> list[str]:
     return texts
 
 
-def measured_rates(data: Path, path: Path) -> GuidedDropout:
+def measured_rates(data: Path, path: Path, model: str = STARTER) -> GuidedDropout:
     if not path.exists():
-        GuidedDropout.estimate(STARTER, pretraining_texts(data)).save(path)
+        GuidedDropout.estimate(model, pretraining_texts(data)).save(path)
     return GuidedDropout.load(path)
 
 
@@ -101,10 +101,25 @@ def set_dropout(rates: GuidedDropout, arm: str, model: torch.nn.Module, seed: in
 class Runs:
     """Trains and scores; what was done is in `rows`."""
 
-    def __init__(self, data: Path, rows: Path, device: str = "cpu", bf16: bool = True, workers: int = 1):
-        self.data, self.path, self.device, self.bf16, self.workers = data, rows, device, bf16, workers
-        self.rates = measured_rates(data, rows.with_name("rates.json"))
-        self.tokenizer = AutoTokenizer.from_pretrained(STARTER)
+    def __init__(
+        self,
+        data: Path,
+        rows: Path,
+        device: str = "cpu",
+        bf16: bool = True,
+        model: str = STARTER,
+        workers: int = 1,
+    ):
+        self.data, self.path, self.device, self.bf16, self.model, self.workers = (
+            data,
+            rows,
+            device,
+            bf16,
+            model,
+            workers,
+        )
+        self.rates = measured_rates(data, rows.with_name("rates.json"), model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.rows = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
         self._tasks: dict[str, tuple] = {}
 
@@ -126,7 +141,7 @@ class Runs:
             for job in left:
                 found[job] = self._keep(self.perform(job))
         elif left:
-            given = (self.data, self.path, self.device, self.bf16)
+            given = (self.data, self.path, self.device, self.bf16, self.model)
             with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, given) as pool:
                 began = {pool.submit(_perform, job): job for job in left}
                 for finished in as_completed(began):
@@ -157,7 +172,7 @@ class Runs:
 
     def trained(self, train: list[dict], labels: int, job: Job) -> torch.nn.Module:
         transformers.set_seed(1000 + job.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(STARTER, num_labels=labels)
+        model = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=labels)
         set_dropout(self.rates, job.arm, model, job.seed)
         model.to(self.device).train()
         decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -241,10 +256,10 @@ class Runs:
 _RUNS: list[Runs] = []  # of a worker process: data and tokenizer are read once
 
 
-def _begin(data: Path, rows: Path, device: str, bf16: bool) -> None:
+def _begin(*given) -> None:
     torch.set_num_threads(1)
     _quiet()
-    _RUNS.append(Runs(data, rows, device, bf16))
+    _RUNS.append(Runs(*given))
 
 
 def _perform(job: Job) -> dict:
@@ -261,6 +276,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
     parser.add_argument("--stages", nargs="+", default=["primary", "secondary", "exploratory"])
+    parser.add_argument("--model", default=STARTER, help="another encoder with a masked-LM head, see minilm.py")
+    parser.add_argument("--rate", type=float, help="a learning rate that is not tuned, for --tasks")
+    parser.add_argument("--tasks", nargs="+", choices=CANDIDATES, default=["ag_news", "subj", "trec"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--float32", action="store_true", help="no autocast, on a processor without bf16 instructions")
@@ -276,10 +294,14 @@ def main() -> None:
         print(check_rates(arguments.data, arguments.rows.with_name("rates.json"), arguments.check_rates))
         return
     _quiet()
-    runs = Runs(arguments.data, arguments.rows, arguments.device, not arguments.float32, arguments.workers)
+    bf16, model = not arguments.float32, str(arguments.model)
+    runs = Runs(arguments.data, arguments.rows, arguments.device, bf16, model, arguments.workers)
     print(runs.rates.table())
-    tasks = runs.chosen_tasks()
-    rates = {arm: runs.tuned(arm, tasks) for arm in PRIMARY}
+    if arguments.rate:  # exploratory: not tuned
+        tasks, rates = sorted(arguments.tasks), dict.fromkeys(PRIMARY, arguments.rate)
+    else:
+        tasks = runs.chosen_tasks()
+        rates = {arm: runs.tuned(arm, tasks) for arm in PRIMARY}
     print(f"tasks {tasks}, learning rates {rates}")
     rates |= dict.fromkeys((*SECONDARY, *EXPLORATORY), rates["guided"])
     if "primary" in arguments.stages:
