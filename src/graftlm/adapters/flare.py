@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graftlm.adapters import registry
+from graftlm.adapters.flare_call import taken
 from graftlm.adapters.flare_fusion import ALIGNMENTS, FUSIONS, Source, aligned
-from graftlm.adapters.flare_source import KEYWORDS, SourceContext
+from graftlm.adapters.flare_source import SourceContext
 from graftlm.errors import DataError, ModelError, SetupError
 
 MAP_LEAF = "lora_fusion_map"
@@ -267,7 +268,7 @@ class FlareModel(LoraModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; with a source the prompt is fused with it."""
-        given = {name: kwargs.pop(name, None) for name in KEYWORDS}
+        given = taken(kwargs)
         if given["source_input_ids"] is None and given["source_states"] is None:
             SourceContext.of(self.model).read(self.model, {}, **given)  # a mask alone is an error
             return self.model.generate(*args, **kwargs)

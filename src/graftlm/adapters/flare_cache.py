@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from graftlm.adapters.flare_encode import Encode, Text, parts
+from graftlm.adapters.flare_encode import Encode
+from graftlm.adapters.flare_text import Text, parts
 from graftlm.errors import DataError
 
 _STATES, _INDEX, _HEAD, _VERSION = "states.bin", "index.safetensors", "cache.json", 2

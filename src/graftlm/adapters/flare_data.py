@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftlm.adapters.flare_text import tokenised
 from graftlm.errors import DataError, SetupError
 
 
@@ -88,22 +89,14 @@ class FlareCollator:
         return [row[column] for row in rows]
 
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
-        found = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        found = tokenised(self.tokenizer, texts, self.max_length, padding=True, return_tensors="pt")
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
     def _written(self, targets: list[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         end = self.tokenizer.eos_token_id
         columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": [], "fusion_mask": []}
         for target, answer in zip(targets, self._texts(rows, str(self.answer)), strict=True):
-            prompt = self.tokenizer(
-                target, truncation=self.max_length is not None, max_length=self.max_length
-            ).input_ids
+            prompt = tokenised(self.tokenizer, [target], self.max_length).input_ids[0]
             written = self.tokenizer(answer, add_special_tokens=False).input_ids + ([] if end is None else [end])
             columns["input_ids"].append(prompt + written)
             columns["attention_mask"].append([1] * len(prompt + written))

@@ -1,0 +1,63 @@
+"""What one call of a FLARE model says: the keywords of its source, and the tokens of the target that are fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.errors import DataError, SetupError
+
+KEYWORDS = ("source_input_ids", "source_states", "source_attention_mask", "source_token_type_ids", "fusion_mask")
+
+
+def taken(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Take FLARE's keywords out of the arguments of a call; the model's own forward never sees them."""
+    return {name: arguments.pop(name, None) for name in KEYWORDS}
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor | None:
+    """The target: ids, or the vectors in their place."""
+    tokens = inputs.get("input_ids")
+    return inputs.get("inputs_embeds") if tokens is None else tokens
+
+
+def cached(inputs: dict[str, Any]) -> int:
+    """How many tokens of the target are in the KV cache, and not computed again."""
+    cache = inputs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def fused_tokens(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_pair: bool) -> Tensor:
+    """Which tokens of the target are fused, (batch, length)."""
+    tokens = tokens_of(inputs)
+    if tokens is None:
+        raise DataError("A source was given, and no target to fuse it into.", fix="model(input_ids=…, …)")
+    shape = tuple(tokens.shape[:2])
+    labels = inputs.get("labels")
+    writes = not is_pair and "ForCausalLM" in type(model).__name__
+    if fusion_mask is None and writes and labels is not None:
+        raise SetupError(
+            "Training a decoder to write needs to know which tokens are the prompt: only these are fused, in training "
+            "and in generate() alike.",
+            found="labels, and no fusion_mask",
+            fix="fusion_mask=…, (batch, length), 1 at the prompt and 0 at the answer; graftlm.FlareCollator makes it",
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise DataError(
+            "FLARE needs a mask of the target's tokens.",
+            found=f"attention_mask {tuple(mask.shape)}",
+            allowed=str(shape),
+        )
+    real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    if fusion_mask is None:
+        return real
+    if tuple(fusion_mask.shape) != shape:
+        raise DataError(
+            "The fusion_mask is not as large as the target.",
+            found=str(tuple(fusion_mask.shape)),
+            allowed=str(shape),
+        )
+    return real & fusion_mask.bool()
