@@ -60,4 +60,18 @@ def fused_tokens(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor |
             found=str(tuple(fusion_mask.shape)),
             allowed=str(shape),
         )
+    if is_pair and _answer_within(tokens, labels, fusion_mask.bool()):
+        raise DataError(
+            "The encoder of an encoder-decoder would read the answer that its decoder has to write.",
+            found="labels that repeat the input_ids outside of the fusion_mask, as for a decoder alone",
+            allowed="input_ids of the prompt alone, and labels of the answer alone",
+            fix="graftlm.FlareCollator(…, answer=…, encoder_decoder=True)",
+        )
     return real & fusion_mask.bool()
+
+
+def _answer_within(tokens: Tensor, labels: Tensor | None, fused: Tensor) -> bool:
+    if labels is None or labels.shape != tokens.shape:
+        return False
+    written = labels != -100
+    return bool(written.any() and not (written & fused).any() and (labels == tokens)[written].all())

@@ -22,9 +22,12 @@ class FlareCollator:
         target: column of the text in the target language.
         source: column of the same text in the source language.
         labels: column of the label, a number or a list of numbers as long as the tokens; None = no labels.
-        answer: for a decoder that writes: column of what it has to write after the target. It is appended with the end
-            mark; labels are -100 at the prompt, and ``fusion_mask`` is 1 there, so that only the prompt is fused, as
-            in ``generate``. No ``labels`` then.
+        answer: for a model that writes: column of what it has to write, to which the end mark is added. In a decoder it
+            follows the target in ``input_ids``; labels are -100 at the prompt, and ``fusion_mask`` is 1 there, so that
+            only the prompt is fused, as in ``generate``. No ``labels`` then.
+        encoder_decoder: whether the model is one (T5, mT5): its encoder reads the target alone, and labels are the
+            tokens of the answer alone, padded with -100 on the right to the longest of them. So are ``labels`` that
+            are lists of tokens.
         encode: what turns source texts into ``source_states``: a `graftlm.SourceCache`, or for FLARE MT a
             `graftlm.EncoderStates` (then `source` is usually the target's column). None = the model reads the source
             itself.
@@ -55,6 +58,7 @@ class FlareCollator:
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None
     max_length: int | None = None
     id: str = "id"
+    encoder_decoder: bool = False
 
     def __post_init__(self) -> None:
         if self.answer is not None:
@@ -64,11 +68,14 @@ class FlareCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         targets, sources = self._texts(rows, self.target), self._texts(rows, self.source)
-        batch = self._tokens(targets) if self.answer is None else self._written(targets, rows)
+        follows = self.answer is not None and not self.encoder_decoder
+        batch = self._written(targets, rows) if follows else self._tokens(targets)
         if self.encode is not None:
             batch["source_states"], batch["source_attention_mask"] = self.encode(sources)
         else:
             batch |= {f"source_{name}": values for name, values in self._tokens(sources).items()}
+        if self.answer is not None and self.encoder_decoder:
+            batch["labels"] = self._sequences(self._answers(rows))
         if self.labels is not None and self.labels in rows[0]:
             batch["labels"] = self._labels([row[self.labels] for row in rows], batch["input_ids"].shape[1])
         return batch
@@ -93,11 +100,9 @@ class FlareCollator:
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
     def _written(self, targets: list[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        end = self.tokenizer.eos_token_id
         columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": [], "fusion_mask": []}
-        for target, answer in zip(targets, self._texts(rows, str(self.answer)), strict=True):
+        for target, written in zip(targets, self._answers(rows), strict=True):
             prompt = tokenised(self.tokenizer, [target], self.max_length).input_ids[0]
-            written = self.tokenizer(answer, add_special_tokens=False).input_ids + ([] if end is None else [end])
             columns["input_ids"].append(prompt + written)
             columns["attention_mask"].append([1] * len(prompt + written))
             columns["labels"].append([-100] * len(prompt) + written)
@@ -106,7 +111,20 @@ class FlareCollator:
         length = max(map(len, columns["input_ids"]))
         return {name: self._padded(values, length, fills[name]) for name, values in columns.items()}
 
+    def _answers(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        end = self.tokenizer.eos_token_id
+        texts = self._texts(rows, str(self.answer))
+        tokens = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return [row if end is None else [*row, end] for row in tokens]
+
+    @staticmethod
+    def _sequences(rows: list[list[int]]) -> Tensor:
+        length = max(map(len, rows))  # on the right, whatever the side of the text: T5 shifts them to the right
+        return torch.tensor([row + [-100] * (length - len(row)) for row in rows])
+
     def _labels(self, labels: list[Any], length: int) -> Tensor:
+        if isinstance(labels[0], Sequence) and self.encoder_decoder:
+            return self._sequences([list(row) for row in labels])
         if isinstance(labels[0], Sequence):
             return self._padded([list(row) for row in labels], length, -100)
         return torch.tensor(labels)
