@@ -90,8 +90,9 @@ class FlareConfig(LoraConfig):
 
     Raises:
         SetupError: a value that is not allowed, or a variant of LoRA (DoRA, PiSSA, …) that does not go with FLARE.
-            `get_peft_model` raises `ModelError` for a model without separate query and value projections. The call
-            raises `DataError` for a source that does not fit the target.
+            `get_peft_model` raises `ModelError` for a model without separate query and value projections, and for
+            quantised weights for which PEFT has plain LoRA only (AWQ, AQLM, EETQ). The call raises `DataError` for a
+            source that does not fit the target.
 
     Source: Borchert et al., arXiv 2501.06892, Section 3.
 
@@ -262,6 +263,15 @@ class FlareModel(LoraModel):
         )
         if current_key in self._layers:
             layer: Any = getattr(parent, target_name)
+            if not asks_variants(layer):
+                if len(self.peft_config) == 1:
+                    SourceContext.of(self.model).remove()
+                raise ModelError(
+                    "FLARE would be plain LoRA here: PEFT's layer for this kind of weights knows no other.",
+                    found=f"{type(layer).__name__} at {current_key}",
+                    allowed="weights as floats, torchao's int8, or those of bitsandbytes, GPTQ or HQQ",
+                    fix="the model in one of these, loaded anew",
+                )
             variant = Fused(SourceContext.of(self.model), self._layers[current_key], lora_config)
             layer.lora_variant[adapter_name] = variant
             variant.add_leaves(layer, adapter_name)
@@ -292,6 +302,11 @@ class FlareModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         raise no_merge()
+
+
+def asks_variants(layer: nn.Module) -> bool:
+    """Whether a LoRA layer's forward hands over to its variants; PEFT sets them on layers that never look at them."""
+    return "lora_variant" in type(layer).forward.__code__.co_names
 
 
 def no_merge() -> ModelError:
