@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graftlm.adapters import registry
-from graftlm.adapters.flare_call import taken
+from graftlm.adapters.flare_call import has_source, taken
 from graftlm.adapters.flare_fusion import ALIGNMENTS, FUSIONS, Source, aligned
 from graftlm.adapters.flare_source import SourceContext
 from graftlm.errors import DataError, ModelError, SetupError
@@ -279,7 +279,7 @@ class FlareModel(LoraModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; with a source the prompt is fused with it."""
         given = taken(kwargs)
-        if given["source_input_ids"] is None and given["source_states"] is None:
+        if not has_source(given):
             SourceContext.of(self.model).read(self.model, {}, **given)  # a mask alone is an error
             return self.model.generate(*args, **kwargs)
         inputs = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}

@@ -17,6 +17,11 @@ def taken(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
     return {name: arguments.pop(name, None) for name in KEYWORDS}
 
 
+def has_source(given: dict[str, Any]) -> bool:
+    """Whether a call has a source, read or given."""
+    return given["source_input_ids"] is not None or given["source_states"] is not None
+
+
 def tokens_of(inputs: dict[str, Any]) -> Tensor | None:
     """The target: ids, or the vectors in their place."""
     tokens = inputs.get("input_ids")
@@ -27,6 +32,21 @@ def cached(inputs: dict[str, Any]) -> int:
     """How many tokens of the target are in the KV cache, and not computed again."""
     cache = inputs.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def refuse_cached(inputs: dict[str, Any]) -> None:
+    """Raise where a call would fuse later tokens with the beginning of the source.
+
+    Raises:
+        DataError: tokens before those of this call are in the KV cache.
+    """
+    if before := cached(inputs):
+        raise DataError(
+            "A source belongs to a whole prompt, and a part of the target is in the KV cache already.",
+            found=f"{before} tokens in past_key_values",
+            allowed="the source together with the whole prompt; tokens that are written after it need none",
+            fix="leave the source out of this call, or use model.generate(…, source_input_ids=…)",
+        )
 
 
 def fused_tokens(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_pair: bool) -> Tensor:

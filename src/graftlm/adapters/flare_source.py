@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graftlm.adapters.flare_call import cached, fused_tokens, taken, tokens_of
+from graftlm.adapters.flare_call import cached, fused_tokens, has_source, refuse_cached, taken, tokens_of
 from graftlm.adapters.flare_checkpoint import Replays
 from graftlm.adapters.flare_fusion import Source
 from graftlm.adapters.flare_places import places_of
@@ -82,6 +82,8 @@ class SourceContext:
             if not self.is_pair:
                 self.current = self._step(inputs)
         else:
+            if not self.is_pair and has_source(given):
+                refuse_cached(inputs)
             self.current = self.read(model, inputs, **given)
         self.replays.bind(model, self.current)
         return args, kwargs
@@ -193,6 +195,12 @@ class SourceContext:
         """Within it `model.generate` fuses the prompt with the source."""
         if inputs.get("attention_mask") is None and given.get("fusion_mask") is None:
             raise DataError("generate() with a source needs to know the tokens of the prompt.", fix="attention_mask=…")
+        if cached(inputs) and given.get("fusion_mask") is None and not self.is_pair:
+            raise DataError(
+                "generate() goes on from a KV cache, and has to know which tokens are the prompt that was fused.",
+                found=f"{cached(inputs)} tokens in past_key_values, and no fusion_mask",
+                fix="fusion_mask=…, (batch, length), 1 at that prompt and 0 at what was written after it",
+            )
         self.prompt = self.read(model, inputs, **given)
         self.current = self.prompt if self.is_pair else None
         try:
