@@ -155,6 +155,19 @@ def test_calls_that_make_no_sense():
     assert torch.equal(outputs(model, batch), outputs(flare("bert"), batch))  # an error leaves nothing behind
 
 
+@pytest.mark.parametrize("name", ["source_inputs_ids", "source_ids", "source", "fusion_masks"])
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
+def test_a_keyword_that_is_misspelled_is_not_plain_lora(architecture, name):
+    batch = pair(architecture)
+    call = target_of(batch) | {name: batch["source_input_ids"]}
+    with pytest.raises(
+        DataError, match=rf"found: +{name}(.|\n)*allowed: source_input_ids(.|\n)*try: +(source|fusion)_"
+    ):
+        flare(architecture)(**call)
+    with pytest.raises(DataError, match=name):
+        flare("llama", "causal_lm", task_type="CAUSAL_LM").generate(**call)
+
+
 def test_threads_that_would_share_a_source_are_refused():
     model, batch = flare("bert"), pair("bert")
     copy_of_one_gpu = model.base_model.model._replicate_for_data_parallel()

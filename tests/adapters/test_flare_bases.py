@@ -1,6 +1,7 @@
 """Which base models FLARE takes: PEFT's layers for quantised weights, models of several stacks, target modules."""
 
 import ast
+import re
 from pathlib import Path
 
 import peft
@@ -12,10 +13,28 @@ from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from tiny import tiny_model
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import graftlm
 from graftlm.adapters.flare import asks_variants
 from graftlm.errors import ModelError
+
+
+def test_of_a_model_that_sees_the_text_model_is_asked_for(tmp_path):
+    """The advice is followed: what it loads is the same model of text, and has FLARE."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32}
+    text = {"vocab_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4}
+    vision = {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=sizes | text, vision_config=sizes | vision, mm_tokens_per_image=4)
+    whole, batch = Gemma3ForConditionalGeneration(config), target_of(pair("llama", "causal_lm"))
+    with pytest.raises(ModelError, match="images or sounds") as error:
+        get_peft_model(whole, graftlm.FlareConfig(r=2))
+    mapping = ast.literal_eval(re.search(r"key_mapping=(\{.*\})", str(error.value))[1])
+    whole.save_pretrained(tmp_path)
+    alone, loading = Gemma3ForCausalLM.from_pretrained(tmp_path, key_mapping=mapping, output_loading_info=True)
+    assert not loading["missing_keys"]
+    torch.testing.assert_close(outputs(alone, batch), outputs(whole, batch))
+    assert get_peft_model(alone, graftlm.FlareConfig(r=2, task_type="CAUSAL_LM")).peft_config
 
 
 def with_layers(config, kind):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,9 +14,24 @@ from graftlm.errors import DataError, SetupError
 KEYWORDS = ("source_input_ids", "source_states", "source_attention_mask", "source_token_type_ids", "fusion_mask")
 
 
-def taken(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Take FLARE's keywords out of the arguments of a call; the model's own forward never sees them."""
-    return {name: arguments.pop(name, None) for name in KEYWORDS}
+def taken(arguments: dict[str, Any], known: Container[str] = ()) -> dict[str, Tensor | None]:
+    """Take FLARE's keywords out of the arguments of a call; the model's own forward never sees them.
+
+    Args:
+        arguments: of the call, by name.
+        known: those that are the model's own.
+
+    Raises:
+        DataError: an argument that is named like one of FLARE's and is none: many models take any name, and would do
+            without a source.
+    """
+    given = {name: arguments.pop(name, None) for name in KEYWORDS}
+    if strange := [name for name in arguments if name.startswith(("source", "fusion")) and name not in known]:
+        (close,) = difflib.get_close_matches(strange[0], KEYWORDS, n=1, cutoff=0)
+        raise DataError(
+            "FLARE has no argument of this name.", found=", ".join(strange), allowed=KEYWORDS, fix=f"{close}=…"
+        )
+    return given
 
 
 def has_source(given: dict[str, Any]) -> bool:

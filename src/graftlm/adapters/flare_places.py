@@ -33,8 +33,16 @@ def places_of(model: nn.Module) -> list[Place]:
     """Where a model fuses, bottom first; in an encoder-decoder in the encoder's self-attention.
 
     Raises:
-        ModelError: a layer without a query and a value projection of its own.
+        ModelError: a layer without a query and a value projection of its own; a model that reads more than text.
     """
+    config = getattr(model, "config", None)
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        raise ModelError(
+            "FLARE fuses texts, and this model reads images or sounds too.",
+            found=type(model).__name__,
+            allowed="its text model alone",
+            fix="for Gemma 3: Gemma3ForCausalLM.from_pretrained(…, key_mapping={r'^language_model\\.': ''})",
+        )
     found = []
     for layer in describe(model).layers:
         if layer.stack == "decoder":

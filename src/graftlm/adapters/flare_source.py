@@ -75,8 +75,9 @@ class SourceContext:
         """Read the source; the model's own forward never sees our keywords."""
         if self._reading:
             return None
-        given = taken(kwargs)
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(model.forward)
+        given = taken(kwargs, signature.parameters)
+        inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         if self.prompt is not None:
             if not self.is_pair:
