@@ -118,12 +118,37 @@ def test_checkpointing_gives_the_same_gradients(architecture):
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_checkpoint_that_loses_the_source_is_an_error():
+def no_pass(model, batch):
+    """Nothing between forward and backward."""
+
+
+def evaluation(model, batch):
+    """Of plain LoRA."""
+    outputs(model, target_of(batch))
+
+
+def training(model, batch):
+    """Of plain LoRA."""
+    model(**target_of(batch))
+
+
+@pytest.mark.parametrize("between", [no_pass, evaluation, training])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_that_loses_the_source_is_an_error(use_reentrant, between):
     model, batch = flare("llama").train(), pair("llama")
+    model.enable_input_require_grads()
     layer = model.base_model.model.model.layers[1]
     forward = layer.forward
-    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(lambda *inner: forward(*inner, **kwargs), *args, use_reentrant=use_reentrant)
+
+    layer.forward, model.config.use_cache = checkpointed, False
+    model(**target_of(batch)).loss.backward()  # before the first source it is right as it is
     loss = model(**batch).loss
+    between(model, batch)
     with pytest.raises(SetupError, match=r"its source is gone(.|\n)*gradient_checkpointing=True"):
         loss.backward()
 

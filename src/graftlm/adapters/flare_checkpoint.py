@@ -19,12 +19,12 @@ class Replays:
     def __init__(self) -> None:
         self.source: Source | None = None  # of the layer that is being computed
         self.running = False
-        self._fused_before = False
+        self._fuses = False  # whether a call that is to be trained ever had a source
         self._bound: list[tuple[nn.Module, Callable]] = []
 
     def bind(self, model: nn.Module, source: Source | None) -> None:
         """From now on, and until `release`, checkpointed layers of the model belong to this source."""
-        self._fused_before = source is not None
+        self._fuses |= source is not None and torch.is_grad_enabled()
         if not (model.training and torch.is_grad_enabled()):
             return
         for module in model.modules():
@@ -45,7 +45,7 @@ class Replays:
         Raises:
             SetupError: its source would be lost.
         """
-        if self._fused_before and torch._C._current_graph_task_id() != -1:
+        if self._fuses and torch._C._current_graph_task_id() != -1:
             raise SetupError(
                 "A layer is computed a second time for the backward pass, and its source is gone.",
                 found="activation checkpointing that is not the model's own",
