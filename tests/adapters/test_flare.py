@@ -7,6 +7,7 @@ import torch
 from adapters.flares import ARCHITECTURES, flare, fused, outputs, pair, read, target_of, weights_of
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
+from torch import nn
 
 import graftlm
 from graftlm.adapters.flare_fusion import FUSIONS
@@ -107,6 +108,17 @@ def test_targets_that_were_named_beside_query_and_value_have_plain_lora():
     model, _ = compare("llama", batch, target_modules=["q_proj", "v_proj", "k_proj", "up_proj"])
     kinds = {name.rsplit(".", 1)[-1]: bool(m.lora_variant) for name, m in model.named_modules() if hasattr(m, "lora_A")}
     assert kinds == {"q_proj": True, "v_proj": True, "k_proj": False, "up_proj": False}
+
+
+def test_all_linear_layers_have_lora_and_query_and_value_fuse():
+    compare("llama", pair("llama"), target_modules="all-linear")
+    model = flare("llama", target_modules="all-linear", task_type="SEQ_CLS")
+    fuses = {name: bool(m.lora_variant) for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    inside = [name for name, module in tiny_model("llama").model.layers.named_modules() if type(module) is nn.Linear]
+    assert {name.partition("layers.")[2] for name in fuses} == set(inside)
+    assert {name for name, does in fuses.items() if does} == {n for n in fuses if n.endswith(("q_proj", "v_proj"))}
+    everywhere = outputs(flare("t5", target_modules="all-linear"), pair("t5"))
+    assert (everywhere - outputs(flare("t5", target_modules="all-linear"), target_of(pair("t5")))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, LoraModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -84,7 +84,8 @@ class FlareConfig(LoraConfig):
             lowest fused projection, and is part of that layer for a schedule.
         r: rank.
         lora_alpha: α.
-        target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA.
+        target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA;
+            "all-linear" is the paper's setting for decoders.
 
     All other arguments are those of `peft.LoraConfig`.
 
@@ -237,6 +238,8 @@ class FlareModel(LoraModel):
         context = SourceContext.of(model)
         places = context.places
         self._layers = {path: number for number, place in enumerate(places) for path in place}
+        # as PEFT does itself after this: "all-linear" becomes the modules that it stands for
+        _maybe_include_all_linear_layers(peft_config, model)
         if not any(check_target_module_exists(peft_config, path) for path in self._layers):
             if len(self.peft_config) == 1:
                 context.remove()
