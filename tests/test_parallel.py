@@ -133,6 +133,23 @@ def test_a_missing_partner_is_an_error_with_its_id(folder, tmp_path, read, chang
         load_pairs(recipe, recipe.data.dev, "dev")
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("side", ["both", "dev", "english/dev"])
+def test_items_without_an_id_are_no_partners(folder, tmp_path, side, empty):
+    """One on each side would be joined, whatever they say."""
+    for name in ("dev", "english/dev"):
+        found = rows(folder, name)
+        blank = found[3] if name == "dev" else next(row for row in found if row["id"] == 5)
+        if side in ("both", name):
+            blank["id"] = empty
+        elif side == "english/dev":
+            found = [row for row in found if row["id"] != 5]
+        write_rows(tmp_path / f"{name}.jsonl", found)
+    (tmp_path / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes())
+    with pytest.raises(DataError, match=rf"row \d+: an item without an id(.|\n)*data.id: {empty!r}"):
+        load_pairs(of(tmp_path), of(tmp_path).data.dev, "dev")
+
+
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
