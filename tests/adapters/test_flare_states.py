@@ -93,6 +93,32 @@ def test_a_cache_that_does_not_fit_is_an_error(tmp_path):
         graftlm.SourceCache(folder)
 
 
+def test_states_that_the_numbers_on_disk_cannot_hold_are_an_error(tmp_path):
+    base = tiny_model("llama", dropout=0.0)
+    with torch.no_grad():
+        base.model.norm.weight.mul_(1e5)  # of the last hidden state alone
+    model = flare("llama", base=base)
+    with pytest.raises(DataError, match=r"not finite(.|\n)*6.55e\+04 in float16(.|\n)*bfloat16"):
+        cached(tmp_path / "cache", model, dtype="float16")
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
+    wanted = graftlm.ModelStates(model, TOKENIZER)(ENGLISH)[0]
+    assert wanted.abs().max() > torch.finfo(torch.float16).max
+    found = cached(tmp_path / "cache", model, dtype="bfloat16")(ENGLISH)[0]
+    torch.testing.assert_close(found.float(), wanted, rtol=0.01, atol=0.01)
+    with torch.no_grad():
+        base.model.norm.weight.mul_(torch.inf)
+    with pytest.raises(DataError, match=r"these are not"):
+        cached(tmp_path / "other", model)
+
+
+def test_a_file_in_the_place_of_a_cache_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(DataError, match=r"a file lies in its place(.|\n)*file"):
+        cached(tmp_path / "file", flare("bert"))
+    with pytest.raises(DataError, match="no source cache here"):
+        graftlm.SourceCache(tmp_path / "file")
+
+
 def test_states_that_do_not_fit_are_an_error():
     model, batch = flare("bert"), graftlm.FlareCollator(TOKENIZER, **PAIRS)(ROWS)
     target = target_of(batch)
