@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import ENCODER_DECODERS, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 import graftlm
-from graftlm.errors import DataError, SetupError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.fisher import fisher_trace
 
 
@@ -62,6 +63,21 @@ def test_disabling_switching_deleting_and_unloading():
     assert (
         torch.equal(outputs(bare, target_of(batch)), plain) and not bare._forward_pre_hooks and not bare._forward_hooks
     )
+
+
+def test_two_adapters_of_one_name_are_an_error_that_changes_nothing():
+    base, batch = tiny_model("bert", dropout=0.0), pair("bert")
+    model = flare("bert", base=base)
+    wanted = outputs(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, of a second time
+        with pytest.raises(ModelError, match=r"of this name already(.|\n)*'default'(.|\n)*unload"):
+            get_peft_model(base, graftlm.FlareConfig(r=2))
+        with pytest.raises(ModelError, match="fuse nowhere"):
+            get_peft_model(base, graftlm.FlareConfig(r=2, target_modules=["key"]))
+    assert torch.equal(outputs(model, batch), wanted)
+    again = flare("bert", base=model.unload())
+    assert torch.equal(outputs(again, batch), wanted)
 
 
 def test_the_whole_model_can_be_copied_and_pickled():

@@ -127,6 +127,11 @@ def test_states_that_do_not_fit_are_an_error():
         model(**target, source_states=states[:, :3], source_attention_mask=mask)
     with pytest.raises(DataError, match="no pairs"):
         model(**target, source_states=states[:2], source_attention_mask=mask[:2])
+    for empty in ({"source_states": states[:, :, :0]}, {"source_input_ids": batch["source_input_ids"][:, :0]}):
+        with pytest.raises(DataError, match=r"no pairs(.|\n)*a column at least"):
+            model(**target, **empty, source_attention_mask=mask[:, :0])
+    with pytest.raises(DataError, match=r"EncoderStates\(…\).attach\(model\)"):
+        flare("bert", encoder_width=9)(**batch)
     with pytest.raises(DataError, match="read or given"):
         model(**batch, source_states=states)
     with pytest.raises(DataError, match=r"encoder_width") as error:

@@ -210,7 +210,8 @@ class Fused(LoraVariant):
                 "The source was represented by another model than this adapter reads.",
                 found=f"source_states of {found[0]} layers, width {found[1]}",
                 allowed=f"{number} layers, width {expected}",
-                fix="graftlm.ModelStates without encoder_width, graftlm.EncoderStates with it",
+                fix="graftlm.ModelStates without encoder_width; with it graftlm.EncoderStates, for source_input_ids "
+                "after EncoderStates(…).attach(model)",
             )
         return record.states[0 if self.encoder_width is not None else self.state]
 
@@ -241,14 +242,18 @@ class FlareModel(LoraModel):
         # as PEFT does itself after this: "all-linear" becomes the modules that it stands for
         _maybe_include_all_linear_layers(peft_config, model)
         if not any(check_target_module_exists(peft_config, path) for path in self._layers):
-            if len(self.peft_config) == 1:
-                context.remove()
+            self._leave()
             raise ModelError(
                 "FLARE would fuse nowhere: no query or value projection is among the target modules.",
                 found=f"target_modules={peft_config.target_modules}",
                 allowed=sorted(set().union(*(place.ends for place in places))),
                 fix="leave target_modules out, or use peft.LoraConfig",
             )
+
+    def _leave(self) -> None:
+        """Before an error: nothing stays on the model, unless another adapter fuses there."""
+        if not any(getattr(module, "lora_variant", None) for module in self.model.modules()):
+            SourceContext.of(self.model).remove()
 
     def _create_and_replace(
         self,
@@ -261,14 +266,19 @@ class FlareModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
+        if adapter_name in getattr(target, "lora_variant", {}):
+            raise ModelError(
+                "The model has a FLARE adapter of this name already.",
+                found=f"{adapter_name!r} at {current_key}",
+                fix="base = model.unload() first, or model.add_adapter(ANOTHER_NAME, config)",
+            )
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
         )
         if current_key in self._layers:
             layer: Any = getattr(parent, target_name)
             if not asks_variants(layer):
-                if len(self.peft_config) == 1:
-                    SourceContext.of(self.model).remove()
+                self._leave()
                 raise ModelError(
                     "FLARE would be plain LoRA here: PEFT's layer for this kind of weights knows no other.",
                     found=f"{type(layer).__name__} at {current_key}",

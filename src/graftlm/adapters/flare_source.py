@@ -133,13 +133,15 @@ class SourceContext:
         target = fused_tokens(model, inputs, fusion_mask, self.is_pair)
         shape = tuple(given.shape) if source_states is None else (given.shape[0], *given.shape[2:3])
         mask = given.new_ones(shape, dtype=torch.long) if source_attention_mask is None else source_attention_mask
-        if given.ndim != (2 if source_states is None else 4) or tuple(mask.shape) != shape or len(mask) != len(target):
+        fits = given.ndim == (2 if source_states is None else 4) and tuple(mask.shape) == shape
+        if not fits or len(mask) != len(target) or 0 in given.shape:
             raise DataError(
                 "Source and target are no pairs.",
                 found=f"source {tuple(given.shape)}, source_attention_mask {tuple(mask.shape)}, "
                 f"{len(target)} target rows",
                 allowed="source_input_ids and mask (batch, source length), source_states (batch, layers, source "
-                "length, width), with a row for each row of the target",
+                "length, width), with a row for each row of the target and a column at least",
+                fix="rows without a source have source_attention_mask 0, and plain LoRA",
             )
         states: Sequence[Tensor]
         if source_input_ids is not None:
