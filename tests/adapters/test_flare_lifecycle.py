@@ -37,6 +37,18 @@ def test_a_saved_adapter_comes_back(architecture, tmp_path):
     assert not any(p.requires_grad for name, p in loaded.named_parameters() if "lora_" in name)
 
 
+def test_what_transformers_loads_itself_takes_a_source_in_a_call_and_not_in_generate(tmp_path):
+    """As the how-to says."""
+    model, batch = flare("llama", "causal_lm", task_type="CAUSAL_LM"), pair("llama", "causal_lm")
+    batch.pop("labels")
+    model.save_pretrained(tmp_path)
+    native = tiny_model("llama", "causal_lm", dropout=0.0).eval()
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(native, batch), outputs(model, batch))
+    with pytest.raises(ValueError, match="source_input_ids"):
+        native.generate(**batch, max_new_tokens=2, pad_token_id=0)
+
+
 def test_disabling_switching_deleting_and_unloading():
     base, batch = tiny_model("bert", dropout=0.0), pair("bert")
     plain = outputs(base, target_of(batch))

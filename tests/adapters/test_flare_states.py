@@ -9,6 +9,7 @@ import torch
 from adapters.flares import ALPHA, ARCHITECTURES, R, flare, fused, outputs, randomised, target_of, weights_of
 from peft import PeftModel
 from tiny import ENCODER_DECODERS, tiny_model, tiny_tokenizer
+from transformers import AutoModel
 
 import graftlm
 from graftlm.errors import DataError, SetupError
@@ -224,6 +225,53 @@ def test_flare_mt_is_saved_loaded_deleted_and_generates(tmp_path):
     assert torch.isfinite(
         outputs(model, inputs | {"source_states": states[..., :8], "source_attention_mask": mask})
     ).all()
+
+
+def attached(folder, name, **settings):
+    """A FLARE MT model, and the encoder of a name that it was given."""
+    encoder(**settings).save_pretrained(folder / name)
+    states = graftlm.EncoderStates(AutoModel.from_pretrained(folder / name), OTHER)
+    model = flare("bert", encoder_width=ENCODER_WIDTH, task_type="SEQ_CLS")
+    states.attach(model)
+    return model, states
+
+
+OTHER = tiny_tokenizer(("zz", *reversed(WORDS)))
+
+
+def test_an_attached_encoder_reads_the_tokens_of_its_own_tokenizer(tmp_path):
+    model, states = attached(tmp_path, "one")
+    danish = {"target": "danish", "source": "danish", "max_length": 4}
+    found = graftlm.FlareCollator(TOKENIZER, **danish, source_tokenizer=states.tokenizer)(ROWS)
+    wanted = graftlm.FlareCollator(TOKENIZER, **danish, encode=graftlm.EncoderStates(encoder(), OTHER, max_length=4))(
+        ROWS
+    )
+    assert found["source_input_ids"].shape[1] == 4 and not torch.equal(found["source_input_ids"], found["input_ids"])
+    torch.testing.assert_close(outputs(model, found), outputs(model, wanted), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SetupError, match="tokenised or given"):
+        graftlm.FlareCollator(TOKENIZER, encode=states, source_tokenizer=OTHER)
+
+
+def test_an_adapter_remembers_its_encoder(tmp_path):
+    model, states = attached(tmp_path, "one")
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["encoder_name"], config["encoder_language"]) == (str(tmp_path / "one"), None)
+    loaded = PeftModel.from_pretrained(tiny_model("bert", dropout=0.0), tmp_path / "adapter")
+    _, other = attached(tmp_path, "two", architecture="bert")
+    with pytest.raises(SetupError, match=r"trained with another encoder(.|\n)*two(.|\n)*one(.|\n)*encoder_name"):
+        other.attach(loaded)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one").rename(tmp_path / "moved" / "one")
+    moved = graftlm.EncoderStates(AutoModel.from_pretrained(tmp_path / "moved" / "one"), OTHER)
+    moved.attach(loaded)
+    batch = graftlm.FlareCollator(TOKENIZER, target="danish", source="danish", source_tokenizer=OTHER)(ROWS)
+    assert torch.equal(outputs(loaded, batch), outputs(model, batch))
+    for settings in ({}, {"encoder_width": 9}):
+        with pytest.raises(SetupError, match=r"no FLARE MT adapter(.|\n)*allowed: encoder_width=16"):
+            states.attach(flare("bert", **settings))
+    with pytest.raises(SetupError, match="None without encoder_width"):
+        graftlm.FlareConfig(encoder_name="facebook/nllb-200-distilled-600M")
 
 
 class MarksLanguages:

@@ -82,6 +82,9 @@ class FlareConfig(LoraConfig):
         align: see above; None = ``position``, and with ``cross_attention``, which aligns by itself, ``attention``.
         encoder_width: of the encoder of FLARE MT; None = the source is read by the model itself. P is saved with the
             lowest fused projection, and is part of that layer for a schedule.
+        encoder_name: that encoder's hub id or folder, for the record; `EncoderStates.attach` fills it in where it is
+            None, and refuses another encoder where it is not.
+        encoder_language: how its tokenizer marked the texts of the training, for the record.
         r: rank.
         lora_alpha: α.
         target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA;
@@ -121,6 +124,8 @@ class FlareConfig(LoraConfig):
     source_layer: str = "next"
     align: str | None = None
     encoder_width: int | None = None
+    encoder_name: str | None = None
+    encoder_language: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +139,9 @@ class FlareConfig(LoraConfig):
         _check(not itself or self.align == "attention", "align with cross_attention", self.align, ("attention",))
         width = self.encoder_width
         _check(width is None or (type(width) is int and width > 0), "encoder_width", width, "None, or 1, 2, …")
+        _check(
+            width is not None or not self.encoder_name, "encoder_name", self.encoder_name, "None without encoder_width"
+        )
         _check(any(self.init_lora_weights is s or self.init_lora_weights == s for s in _STARTS), "init_lora_weights",
                self.init_lora_weights, _STARTS)  # fmt: skip
         _check(self.bias == "none", "bias", self.bias, ("none",))

@@ -19,7 +19,7 @@ class FlareCollator:
     """A data collator that tokenizes two columns of text into the call that a FLARE model takes.
 
     Args:
-        tokenizer: of the model, for both texts.
+        tokenizer: of the model, for both texts where there is no `source_tokenizer`.
         target: column of the text in the target language; two columns for pairs of texts, such as ("premise_da",
             "hypothesis_da").
         source: column, or two, of the same in the source language.
@@ -34,6 +34,8 @@ class FlareCollator:
         encode: what turns source texts into ``source_states``: a `graftlm.SourceCache`, or for FLARE MT a
             `graftlm.EncoderStates` (then `source` is usually the target's column). None = the model reads the source
             itself.
+        source_tokenizer: of the encoder that was attached to a FLARE MT model (`EncoderStates.attach`), which reads
+            ``source_input_ids`` then: ``encoder_states.tokenizer``. None = that of the model.
         max_length: longest text in tokens, for target and source each; None = as long as they are. An answer is not
             cut, nor what `encode` reads: that has a ``max_length`` of its own.
         id: column by which errors name a row, if there is one.
@@ -63,6 +65,7 @@ class FlareCollator:
     max_length: int | None = None
     id: str = "id"
     encoder_decoder: bool = False
+    source_tokenizer: Any = None
 
     def __post_init__(self) -> None:
         for columns in (self.target, self.source):
@@ -70,6 +73,8 @@ class FlareCollator:
                 raise SetupError(
                     "A tokenizer takes a text or a pair of texts.", found=columns, allowed="1 or 2 columns"
                 )
+        if self.encode is not None and self.source_tokenizer is not None:
+            raise SetupError("A source is tokenised or given.", found="encode and source_tokenizer", fix="one of them")
         if self.answer is not None:
             if self.labels not in (None, "label"):
                 raise SetupError("A row has labels or an answer.", found=f"labels={self.labels!r}, {self.answer!r}")
@@ -82,7 +87,8 @@ class FlareCollator:
         if self.encode is not None:
             batch["source_states"], batch["source_attention_mask"] = self.encode(sources)
         else:
-            batch |= {f"source_{name}": values for name, values in self._tokens(self.tokenizer, sources).items()}
+            found = self._tokens(self.source_tokenizer or self.tokenizer, sources)
+            batch |= {f"source_{name}": values for name, values in found.items()}
         if self.answer is not None and self.encoder_decoder:
             batch["labels"] = self._sequences(self._answers(rows))
         if self.labels is not None and self.labels in rows[0]:

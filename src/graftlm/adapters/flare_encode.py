@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from graftlm.adapters.flare_source import SourceContext
 from graftlm.adapters.flare_text import Text, marked, tokenised
+from graftlm.errors import SetupError
 
 _OF_ADAPTERS = ("lora_", "modules_to_save.", "pooler.")  # not what the source is read with
 # of a configuration: what changes nothing that the source is read with
@@ -79,6 +81,7 @@ class EncoderStates:
 
     def __init__(self, encoder: Any, tokenizer: Any, language: str | None = None, max_length: int | None = None):
         self.tokenizer, self.language = marked(tokenizer, language), language
+        self.name: str | None = getattr(encoder, "name_or_path", None) or None  # hub id or folder
         pair = getattr(getattr(encoder, "config", None), "is_encoder_decoder", False)
         self._encoder = encoder.get_encoder() if pair and hasattr(encoder, "get_encoder") else encoder
         self._encoder.requires_grad_(False).eval()
@@ -104,9 +107,36 @@ class EncoderStates:
     def attach(self, model: Any) -> None:
         """From now on a FLARE MT model reads ``source_input_ids`` with this encoder: tokens of the encoder's tokenizer.
 
-        The encoder does not become part of the model: it is neither trained nor saved with it.
+        The encoder does not become part of the model: it is neither trained nor saved with it. Its name and language
+        are, in the adapter's configuration, and the same encoder has to be attached again.
+
+        Raises:
+            SetupError: no adapter for the width of this encoder, or one that was trained with another encoder. Folders
+                and hub ids are compared by their last part.
         """
-        SourceContext.of(model.get_base_model() if hasattr(model, "get_base_model") else model).encoder = self
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        widths = {name: getattr(each, "encoder_width", None) for name, each in getattr(bare, "peft_config", {}).items()}
+        fitting = [bare.peft_config[name] for name, width in widths.items() if width == self.width]
+        if not fitting:
+            raise SetupError(
+                "The model has no FLARE MT adapter for the width of this encoder.",
+                found=", ".join(f"{name}: encoder_width={width}" for name, width in widths.items()) or "no adapter",
+                allowed=f"encoder_width={self.width}",
+                fix="get_peft_model(model, graftlm.FlareConfig(encoder_width=encoder_states.width, …)) first",
+            )
+        for config in fitting:
+            known = config.encoder_name
+            if known and self.name and Path(known).name != Path(self.name).name:
+                raise SetupError(
+                    "The adapter was trained with another encoder: the map from its width would be of no use.",
+                    found=self.name,
+                    allowed=known,
+                    fix="attach that one; or delete encoder_name in adapter_config.json where it has another name now",
+                )
+        for config in fitting:
+            if config.encoder_name is None:
+                config.encoder_name, config.encoder_language = self.name, self.language
+        SourceContext.of(bare).encoder = self
 
     def fingerprint(self) -> str:
         settings = f"language={self.language}, max_length={self._max_length}"
