@@ -216,7 +216,7 @@ class Fused(LoraVariant):
         if found != (number, expected):
             raise DataError(
                 "The source was represented by another model than this adapter reads.",
-                found=f"source_states of {found[0]} layers, width {found[1]}",
+                found=f"states of {found[0]} layers, width {found[1]}",
                 allowed=f"{number} layers, width {expected}",
                 fix="graftlm.ModelStates without encoder_width; with it graftlm.EncoderStates, for source_input_ids "
                 "after EncoderStates(…).attach(model)",

@@ -66,14 +66,16 @@ def refuse_cached(inputs: dict[str, Any]) -> None:
         )
 
 
-def fused_tokens(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_pair: bool) -> Tensor:
+def fused_tokens(
+    model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_encoder_decoder: bool
+) -> Tensor:
     """Which tokens of the target are fused, (batch, length)."""
     tokens = tokens_of(inputs)
     if tokens is None:
         raise DataError("A source was given, and no target to fuse it into.", fix="model(input_ids=…, …)")
     shape = tuple(tokens.shape[:2])
     labels = inputs.get("labels")
-    writes = not is_pair and "ForCausalLM" in type(model).__name__
+    writes = not is_encoder_decoder and "ForCausalLM" in type(model).__name__
     if fusion_mask is None and writes and labels is not None:
         raise SetupError(
             "Training a decoder to write needs to know which tokens are the prompt: only these are fused, in training "
@@ -97,7 +99,7 @@ def fused_tokens(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor |
             found=str(tuple(fusion_mask.shape)),
             allowed=str(shape),
         )
-    if is_pair and _answer_within(tokens, labels, fusion_mask.bool()):
+    if is_encoder_decoder and _answer_within(tokens, labels, fusion_mask.bool()):
         raise DataError(
             "The encoder of an encoder-decoder would read the answer that its decoder has to write.",
             found="labels that repeat the input_ids outside of the fusion_mask, as for a decoder alone",

@@ -100,7 +100,7 @@ class FlareCollator:
         for number, row in enumerate(rows):
             for column in names:
                 if not isinstance(row.get(column), str) or not row[column].strip():
-                    missing = "no such column" if column not in row else repr(row[column])
+                    missing = "a column that is missing" if column not in row else repr(row[column])
                     raise DataError(
                         "FLARE needs a pair of texts in every row.",
                         found=self._place(number, row),

@@ -27,7 +27,7 @@ class SourceContext:
 
     def __init__(self, model: nn.Module):
         self.places = places_of(model)
-        self.is_pair = any(layer.stack == "encoder" for layer in describe(model).layers)
+        self.is_encoder_decoder = any(layer.stack == "encoder" for layer in describe(model).layers)
         self.current: Source | None = None
         self.prompt: Source | None = None  # while generating
         self.maps: dict[str, nn.Linear] = {}  # adapter → P of FLARE MT
@@ -80,10 +80,10 @@ class SourceContext:
         inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         if self.prompt is not None:
-            if not self.is_pair:
+            if not self.is_encoder_decoder:
                 self.current = self._step(inputs)
         else:
-            if not self.is_pair and has_source(given):
+            if not self.is_encoder_decoder and has_source(given):
                 refuse_cached(inputs)
             self.current = self.read(model, inputs, **given)
         self.replays.bind(model, self.current)
@@ -94,7 +94,7 @@ class SourceContext:
         if self._reading:
             return
         self.replays.release()
-        self.current = self.prompt if self.is_pair else None
+        self.current = self.prompt if self.is_encoder_decoder else None
 
     def read(
         self,
@@ -130,7 +130,7 @@ class SourceContext:
             raise DataError("A source is read or given, not both.", found="source_input_ids and source_states")
         if any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)):
             return None
-        target = fused_tokens(model, inputs, fusion_mask, self.is_pair)
+        target = fused_tokens(model, inputs, fusion_mask, self.is_encoder_decoder)
         shape = tuple(given.shape) if source_states is None else (given.shape[0], *given.shape[2:3])
         mask = given.new_ones(shape, dtype=torch.long) if source_attention_mask is None else source_attention_mask
         fits = given.ndim == (2 if source_states is None else 4) and tuple(mask.shape) == shape
@@ -157,7 +157,7 @@ class SourceContext:
 
     def backbone(self, model: nn.Module) -> Any:
         """The part of a model that reads the source: without a head, of an encoder-decoder the encoder."""
-        if not self.is_pair:
+        if not self.is_encoder_decoder:
             return getattr(model, "base_model", model)
         first = describe(model).layers[0].name.split(".")
         return model.get_submodule(".".join(first[:-2]))
@@ -198,14 +198,14 @@ class SourceContext:
         """Within it `model.generate` fuses the prompt with the source."""
         if inputs.get("attention_mask") is None and given.get("fusion_mask") is None:
             raise DataError("generate() with a source needs to know the tokens of the prompt.", fix="attention_mask=…")
-        if cached(inputs) and given.get("fusion_mask") is None and not self.is_pair:
+        if cached(inputs) and given.get("fusion_mask") is None and not self.is_encoder_decoder:
             raise DataError(
                 "generate() goes on from a KV cache, and has to know which tokens are the prompt that was fused.",
                 found=f"{cached(inputs)} tokens in past_key_values, and no fusion_mask",
                 fix="fusion_mask=…, (batch, length), 1 at that prompt and 0 at what was written after it",
             )
         self.prompt = self.read(model, inputs, **given)
-        self.current = self.prompt if self.is_pair else None
+        self.current = self.prompt if self.is_encoder_decoder else None
         try:
             yield
         finally:
