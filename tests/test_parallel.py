@@ -16,6 +16,7 @@ from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
 from graftlm.parallel import load_pairs
+from graftlm.prepare import prepare
 from graftlm.recipe import load_recipe, shipped
 from graftlm.run import evaluate, run_recipe
 from graftlm.study.plan import parse_variant, plan_study
@@ -131,6 +132,33 @@ def test_a_missing_partner_is_an_error_with_its_id(folder, tmp_path, read, chang
     recipe = of(tmp_path, f"adapter.method={method}", f"data.parallel.read={read}")
     with pytest.raises(DataError, match=wanted):
         load_pairs(recipe, recipe.data.dev, "dev")
+
+
+@pytest.mark.parametrize("method", ["flare", "lora"])
+def test_a_misspelled_target_module_is_an_error(folder, tmp_path, method):
+    read = "fused" if method == "flare" else "target"
+    recipe = of(
+        folder, f"adapter={{method: {method}, target_modules: [query, value, keyy]}}", f"data.parallel.read={read}"
+    )
+    with pytest.raises(RecipeError, match=r"no module of this name(.|\n)*keyy(.|\n)*key, query, value"):
+        prepare(recipe, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("side", ["both", "dev", "english/dev"])
+def test_items_without_an_id_are_no_partners(folder, tmp_path, side, empty):
+    """One on each side would be joined, whatever they say."""
+    for name in ("dev", "english/dev"):
+        found = rows(folder, name)
+        blank = found[3] if name == "dev" else next(row for row in found if row["id"] == 5)
+        if side in ("both", name):
+            blank["id"] = empty
+        elif side == "english/dev":
+            found = [row for row in found if row["id"] != 5]
+        write_rows(tmp_path / f"{name}.jsonl", found)
+    (tmp_path / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes())
+    with pytest.raises(DataError, match=rf"row \d+: an item without an id(.|\n)*data.id: {empty!r}"):
+        load_pairs(of(tmp_path), of(tmp_path).data.dev, "dev")
 
 
 @pytest.mark.parametrize(

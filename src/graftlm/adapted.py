@@ -1,6 +1,7 @@
 """A recipe's adapter on a pretrained model."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +70,7 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
                 fix=f"adapter.target_modules=[{', '.join(sorted(linear)[:2])}]",
             )
         targets = tuple(LORA_TARGETS[family])
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise RecipeError(
-                f"{recipe.origin('adapter.target_modules')}: the model has no module of this name",
-                found=target,
-                allowed=sorted({re.sub(r".*\.", "", name) for name, _ in _layer_linears(model)}),
-            )
+    _check_targets(recipe, model, targets)
     # GPT-2's projections are stored transposed; PEFT sets this itself, with a warning
     chosen = [part for name, part in model.named_modules() if name.endswith(tuple(targets))]
     transposed = any(isinstance(part, transformers.pytorch_utils.Conv1D) for part in chosen)
@@ -114,6 +108,8 @@ def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: 
 
 def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
     chosen, encoder = recipe.adapter, source_encoder.load_encoder(recipe)
+    if chosen.target_modules != "auto":
+        _check_targets(recipe, model, chosen.target_modules)
     config = FlareConfig(
         task_type=task.peft_type,
         r=chosen.r,
@@ -150,6 +146,17 @@ def _with_neutral_residues(
         modules_to_save=list(fresh) or None,
     )
     return Loaded(peft.get_peft_model(model, config), fresh, ())
+
+
+def _check_targets(recipe: Recipe, model: PreTrainedModel, targets: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise RecipeError(
+                f"{recipe.origin('adapter.target_modules')}: the model has no module of this name",
+                found=target,
+                allowed=sorted({re.sub(r".*\.", "", name) for name, _ in _layer_linears(model)}),
+            )
 
 
 def _layer_linears(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

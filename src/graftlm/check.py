@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graftlm.adapters.flare_source import places_of
+from graftlm.adapters.flare_places import places_of
 from graftlm.data import Split
 from graftlm.evaluation.table import language_name
 from graftlm.language_runs import unfinished

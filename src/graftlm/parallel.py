@@ -68,8 +68,9 @@ def _partners(
         )
     origin, rows, _ = read_rows(recipe, theirs, role)
     ids = [_id(row, str(recipe.data.id), f"{origin}, row {number + 1}") for number, row in enumerate(rows)]
+    own = [_named(item, f"{split.origin}, row {number + 1}") for number, item in enumerate(split.ids)]
     _refuse_repeated(ids, origin)
-    _refuse_repeated([str(item) for item in split.ids], split.origin)
+    _refuse_repeated(own, split.origin)
     found = dict(zip(ids, rows, strict=True))
     if missing := [item for item in split.ids if str(item) not in found]:
         more = f" and {len(missing) - 1} more of {len(split)}" if len(missing) > 1 else ""
@@ -105,7 +106,17 @@ def _id(row: Row, column: str, place: str) -> str:
             allowed=list(row),
             fix="data.id names the items in both files",
         )
-    return str(row[column])  # CSV holds texts only
+    return _named(row[column], place)
+
+
+def _named(item: Any, place: str) -> str:
+    if item is None or item == "":
+        raise DataError(
+            f"{place}: an item without an id cannot be joined",
+            found=f"data.id: {item!r}",
+            fix="give each item an id, or leave it out",
+        )
+    return str(item)  # CSV holds texts only
 
 
 def _refuse_repeated(ids: Sequence[Any], origin: str) -> None:

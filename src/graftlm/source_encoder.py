@@ -12,14 +12,16 @@ import torch
 import transformers
 
 from graftlm.adapters.flare_cache import SourceCache
-from graftlm.adapters.flare_encode import EncoderStates, ModelStates, has_marks
+from graftlm.adapters.flare_encode import EncoderStates, ModelStates
 from graftlm.adapters.flare_source import SourceContext
+from graftlm.adapters.flare_text import has_marks
 from graftlm.data import Split
 from graftlm.errors import ModelError
 from graftlm.recipe import Recipe
 from graftlm.tasks import check_length
 
-_DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# precision of the training → of the numbers on disk
+_KEPT_AS = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_encoder(recipe: Recipe) -> EncoderStates | None:
@@ -78,7 +80,7 @@ def cached(
     if not chosen:
         return None
     encode = encoder_of(model) or ModelStates(model, tokenizer, recipe.training.max_length)
-    texts, dtype = [text for split in splits for text in split.sources or ()], _DTYPES[recipe.training.precision]
+    texts, dtype = [text for split in splits for text in split.sources or ()], _KEPT_AS[recipe.training.precision]
     place = folder if chosen is True else recipe.path(chosen)
     return SourceCache.build(
         place / SourceCache.key(encode, texts, dtype),

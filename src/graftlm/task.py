@@ -10,7 +10,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from graftlm.adapters.flare_cache import SourceCache
-from graftlm.adapters.flare_encode import EncoderStates, has_marks, marked
+from graftlm.adapters.flare_encode import EncoderStates
+from graftlm.adapters.flare_text import has_marks, marked, tokenised
 from graftlm.data import Labels, Split
 from graftlm.raw_text import Counts
 from graftlm.recipe import Recipe, Training
@@ -143,8 +144,7 @@ class Task:
         chosen = split.sources[items.start : items.stop]
         if is_cached:
             return [{_TEXTS: list(texts)} for texts in chosen]
-        columns = (list(column) for column in zip(*chosen, strict=True))
-        encoded = self._reader(split, tokenizer)(*columns, truncation=True, max_length=training.max_length)
+        encoded = tokenised(self._reader(split, tokenizer), chosen, training.max_length)
         return [{f"{_SOURCE}{key}": encoded[key][index] for key in encoded} for index in range(len(items))]
 
     def _reader(self, split: Split, tokenizer: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from adapters.flares import ARCHITECTURES, flare, fused, outputs, pair, read, target_of, weights_of
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
+from torch import nn
 
 import graftlm
 from graftlm.adapters.flare_fusion import FUSIONS
@@ -109,6 +110,17 @@ def test_targets_that_were_named_beside_query_and_value_have_plain_lora():
     assert kinds == {"q_proj": True, "v_proj": True, "k_proj": False, "up_proj": False}
 
 
+def test_all_linear_layers_have_lora_and_query_and_value_fuse():
+    compare("llama", pair("llama"), target_modules="all-linear")
+    model = flare("llama", target_modules="all-linear", task_type="SEQ_CLS")
+    fuses = {name: bool(m.lora_variant) for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    inside = [name for name, module in tiny_model("llama").model.layers.named_modules() if type(module) is nn.Linear]
+    assert {name.partition("layers.")[2] for name in fuses} == set(inside)
+    assert {name for name, does in fuses.items() if does} == {n for n in fuses if n.endswith(("q_proj", "v_proj"))}
+    everywhere = outputs(flare("t5", target_modules="all-linear"), pair("t5"))
+    assert (everywhere - outputs(flare("t5", target_modules="all-linear"), target_of(pair("t5")))).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -153,6 +165,19 @@ def test_calls_that_make_no_sense():
     with pytest.raises(SetupError, match=r"prompt(.|\n)*fusion_mask"):
         writer(**pair("llama", "causal_lm"))
     assert torch.equal(outputs(model, batch), outputs(flare("bert"), batch))  # an error leaves nothing behind
+
+
+@pytest.mark.parametrize("name", ["source_inputs_ids", "source_ids", "source", "fusion_masks"])
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
+def test_a_keyword_that_is_misspelled_is_not_plain_lora(architecture, name):
+    batch = pair(architecture)
+    call = target_of(batch) | {name: batch["source_input_ids"]}
+    with pytest.raises(
+        DataError, match=rf"found: +{name}(.|\n)*allowed: source_input_ids(.|\n)*try: +(source|fusion)_"
+    ):
+        flare(architecture)(**call)
+    with pytest.raises(DataError, match=name):
+        flare("llama", "causal_lm", task_type="CAUSAL_LM").generate(**call)
 
 
 def test_threads_that_would_share_a_source_are_refused():

@@ -118,12 +118,37 @@ def test_checkpointing_gives_the_same_gradients(architecture):
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_checkpoint_that_loses_the_source_is_an_error():
+def no_pass(model, batch):
+    """Nothing between forward and backward."""
+
+
+def evaluation(model, batch):
+    """Of plain LoRA."""
+    outputs(model, target_of(batch))
+
+
+def training(model, batch):
+    """Of plain LoRA."""
+    model(**target_of(batch))
+
+
+@pytest.mark.parametrize("between", [no_pass, evaluation, training])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_that_loses_the_source_is_an_error(use_reentrant, between):
     model, batch = flare("llama").train(), pair("llama")
+    model.enable_input_require_grads()
     layer = model.base_model.model.model.layers[1]
     forward = layer.forward
-    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(lambda *inner: forward(*inner, **kwargs), *args, use_reentrant=use_reentrant)
+
+    layer.forward, model.config.use_cache = checkpointed, False
+    model(**target_of(batch)).loss.backward()  # before the first source it is right as it is
     loss = model(**batch).loss
+    between(model, batch)
     with pytest.raises(SetupError, match=r"its source is gone(.|\n)*gradient_checkpointing=True"):
         loss.backward()
 
@@ -261,6 +286,47 @@ def test_an_encoder_decoder_fuses_in_its_encoder_while_it_generates(architecture
         torch.testing.assert_close(outputs(model, full)[:, -1], logits, rtol=1e-3, atol=1e-4)
     plain = outputs(model, target_of(batch) | {"decoder_input_ids": found.sequences[:, :1]})
     assert (plain[:, -1] - found.logits[0]).abs().max() > 1e-3
+
+
+def test_a_call_that_goes_on_from_a_cache_takes_no_source():
+    """A loop by hand: the source with the prompt, then none; each token as in a full forward."""
+    model, batch = writer("llama", align="relative"), pair("llama", "causal_lm")
+    batch = {name: value[:1] for name, value in batch.items() if name != "labels"}
+    sources = {name: value for name, value in batch.items() if name.startswith("source_")}
+    prompt = batch["input_ids"]
+    with torch.no_grad():
+        first = model(**batch, use_cache=True)
+        token = first.logits[:, -1:].argmax(-1)
+        with pytest.raises(DataError, match=r"7 tokens in past_key_values(.|\n)*generate"):
+            model(input_ids=token, past_key_values=copy.deepcopy(first.past_key_values), **sources)
+        second = model(input_ids=token, past_key_values=first.past_key_values)
+        half = model(input_ids=prompt[:, :4], use_cache=True, **sources)
+        with pytest.raises(DataError, match="together with the whole prompt"):
+            model(input_ids=prompt[:, 4:], past_key_values=half.past_key_values, **sources)
+    whole = torch.cat([prompt, token], 1)
+    fuse = (torch.arange(8) < 7).long()[None]
+    wanted = outputs(model, {"input_ids": whole, "fusion_mask": fuse, **sources})[:, -1]
+    torch.testing.assert_close(second.logits[:, -1], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("align", ["relative", "pooled", "attention"])
+def test_generating_in_two_parts_is_generating_at_once(align):
+    model, batch = writer("llama", align=align), with_left_padding(pair("llama", "causal_lm"))
+    batch.pop("labels")
+    sources = {name: value for name, value in batch.items() if name.startswith("source_")}
+    settings = {"do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    whole = model.generate(**batch, max_new_tokens=5, min_new_tokens=5, **settings)
+    first = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, **settings)
+    written = torch.ones(4, 3, dtype=torch.long)
+    mask, fuse = (torch.cat([batch["attention_mask"], part], 1) for part in (written, 0 * written))
+    more = {"input_ids": first.sequences, "attention_mask": mask, **sources, **settings}
+    more |= {"max_new_tokens": 2, "min_new_tokens": 2}
+    with pytest.raises(DataError, match=r"goes on from a KV cache(.|\n)*no fusion_mask"):
+        model.generate(past_key_values=copy.deepcopy(first.past_key_values), **more)
+    for cache in ({"past_key_values": first.past_key_values}, {}):  # a second turn without a cache is read anew
+        second = model.generate(**more, **cache, fusion_mask=fuse)
+        assert torch.equal(second.sequences, whole.sequences)
+        torch.testing.assert_close(second.logits, whole.logits[3:], rtol=1e-4, atol=1e-5)
 
 
 def flare_pair(architecture):

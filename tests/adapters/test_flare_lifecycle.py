@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import ENCODER_DECODERS, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 import graftlm
-from graftlm.errors import DataError, SetupError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.fisher import fisher_trace
 
 
@@ -34,6 +35,18 @@ def test_a_saved_adapter_comes_back(architecture, tmp_path):
     for changed in (batch, target_of(batch)):
         assert torch.equal(outputs(loaded, changed), outputs(model, changed))
     assert not any(p.requires_grad for name, p in loaded.named_parameters() if "lora_" in name)
+
+
+def test_what_transformers_loads_itself_takes_a_source_in_a_call_and_not_in_generate(tmp_path):
+    """As the how-to says."""
+    model, batch = flare("llama", "causal_lm", task_type="CAUSAL_LM"), pair("llama", "causal_lm")
+    batch.pop("labels")
+    model.save_pretrained(tmp_path)
+    native = tiny_model("llama", "causal_lm", dropout=0.0).eval()
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(native, batch), outputs(model, batch))
+    with pytest.raises(ValueError, match="source_input_ids"):
+        native.generate(**batch, max_new_tokens=2, pad_token_id=0)
 
 
 def test_disabling_switching_deleting_and_unloading():
@@ -62,6 +75,21 @@ def test_disabling_switching_deleting_and_unloading():
     assert (
         torch.equal(outputs(bare, target_of(batch)), plain) and not bare._forward_pre_hooks and not bare._forward_hooks
     )
+
+
+def test_two_adapters_of_one_name_are_an_error_that_changes_nothing():
+    base, batch = tiny_model("bert", dropout=0.0), pair("bert")
+    model = flare("bert", base=base)
+    wanted = outputs(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, of a second time
+        with pytest.raises(ModelError, match=r"of this name already(.|\n)*'default'(.|\n)*unload"):
+            get_peft_model(base, graftlm.FlareConfig(r=2))
+        with pytest.raises(ModelError, match="fuse nowhere"):
+            get_peft_model(base, graftlm.FlareConfig(r=2, target_modules=["key"]))
+    assert torch.equal(outputs(model, batch), wanted)
+    again = flare("bert", base=model.unload())
+    assert torch.equal(outputs(again, batch), wanted)
 
 
 def test_the_whole_model_can_be_copied_and_pickled():

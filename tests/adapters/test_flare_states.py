@@ -9,6 +9,7 @@ import torch
 from adapters.flares import ALPHA, ARCHITECTURES, R, flare, fused, outputs, randomised, target_of, weights_of
 from peft import PeftModel
 from tiny import ENCODER_DECODERS, tiny_model, tiny_tokenizer
+from transformers import AutoModel
 
 import graftlm
 from graftlm.errors import DataError, SetupError
@@ -93,6 +94,32 @@ def test_a_cache_that_does_not_fit_is_an_error(tmp_path):
         graftlm.SourceCache(folder)
 
 
+def test_states_that_the_numbers_on_disk_cannot_hold_are_an_error(tmp_path):
+    base = tiny_model("llama", dropout=0.0)
+    with torch.no_grad():
+        base.model.norm.weight.mul_(1e5)  # of the last hidden state alone
+    model = flare("llama", base=base)
+    with pytest.raises(DataError, match=r"not finite(.|\n)*6.55e\+04 in float16(.|\n)*bfloat16"):
+        cached(tmp_path / "cache", model, dtype="float16")
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
+    wanted = graftlm.ModelStates(model, TOKENIZER)(ENGLISH)[0]
+    assert wanted.abs().max() > torch.finfo(torch.float16).max
+    found = cached(tmp_path / "cache", model, dtype="bfloat16")(ENGLISH)[0]
+    torch.testing.assert_close(found.float(), wanted, rtol=0.01, atol=0.01)
+    with torch.no_grad():
+        base.model.norm.weight.mul_(torch.inf)
+    with pytest.raises(DataError, match=r"these are not"):
+        cached(tmp_path / "other", model)
+
+
+def test_a_file_in_the_place_of_a_cache_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(DataError, match=r"a file lies in its place(.|\n)*file"):
+        cached(tmp_path / "file", flare("bert"))
+    with pytest.raises(DataError, match="no source cache here"):
+        graftlm.SourceCache(tmp_path / "file")
+
+
 def test_states_that_do_not_fit_are_an_error():
     model, batch = flare("bert"), graftlm.FlareCollator(TOKENIZER, **PAIRS)(ROWS)
     target = target_of(batch)
@@ -101,6 +128,11 @@ def test_states_that_do_not_fit_are_an_error():
         model(**target, source_states=states[:, :3], source_attention_mask=mask)
     with pytest.raises(DataError, match="no pairs"):
         model(**target, source_states=states[:2], source_attention_mask=mask[:2])
+    for empty in ({"source_states": states[:, :, :0]}, {"source_input_ids": batch["source_input_ids"][:, :0]}):
+        with pytest.raises(DataError, match=r"no pairs(.|\n)*a column at least"):
+            model(**target, **empty, source_attention_mask=mask[:, :0])
+    with pytest.raises(DataError, match=r"EncoderStates\(…\).attach\(model\)"):
+        flare("bert", encoder_width=9)(**batch)
     with pytest.raises(DataError, match="read or given"):
         model(**batch, source_states=states)
     with pytest.raises(DataError, match=r"encoder_width") as error:
@@ -193,6 +225,53 @@ def test_flare_mt_is_saved_loaded_deleted_and_generates(tmp_path):
     assert torch.isfinite(
         outputs(model, inputs | {"source_states": states[..., :8], "source_attention_mask": mask})
     ).all()
+
+
+def attached(folder, name, **settings):
+    """A FLARE MT model, and the encoder of a name that it was given."""
+    encoder(**settings).save_pretrained(folder / name)
+    states = graftlm.EncoderStates(AutoModel.from_pretrained(folder / name), OTHER)
+    model = flare("bert", encoder_width=ENCODER_WIDTH, task_type="SEQ_CLS")
+    states.attach(model)
+    return model, states
+
+
+OTHER = tiny_tokenizer(("zz", *reversed(WORDS)))
+
+
+def test_an_attached_encoder_reads_the_tokens_of_its_own_tokenizer(tmp_path):
+    model, states = attached(tmp_path, "one")
+    danish = {"target": "danish", "source": "danish", "max_length": 4}
+    found = graftlm.FlareCollator(TOKENIZER, **danish, source_tokenizer=states.tokenizer)(ROWS)
+    wanted = graftlm.FlareCollator(TOKENIZER, **danish, encode=graftlm.EncoderStates(encoder(), OTHER, max_length=4))(
+        ROWS
+    )
+    assert found["source_input_ids"].shape[1] == 4 and not torch.equal(found["source_input_ids"], found["input_ids"])
+    torch.testing.assert_close(outputs(model, found), outputs(model, wanted), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SetupError, match="tokenised or given"):
+        graftlm.FlareCollator(TOKENIZER, encode=states, source_tokenizer=OTHER)
+
+
+def test_an_adapter_remembers_its_encoder(tmp_path):
+    model, states = attached(tmp_path, "one")
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["encoder_name"], config["encoder_language"]) == (str(tmp_path / "one"), None)
+    loaded = PeftModel.from_pretrained(tiny_model("bert", dropout=0.0), tmp_path / "adapter")
+    _, other = attached(tmp_path, "two", architecture="bert")
+    with pytest.raises(SetupError, match=r"trained with another encoder(.|\n)*two(.|\n)*one(.|\n)*encoder_name"):
+        other.attach(loaded)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one").rename(tmp_path / "moved" / "one")
+    moved = graftlm.EncoderStates(AutoModel.from_pretrained(tmp_path / "moved" / "one"), OTHER)
+    moved.attach(loaded)
+    batch = graftlm.FlareCollator(TOKENIZER, target="danish", source="danish", source_tokenizer=OTHER)(ROWS)
+    assert torch.equal(outputs(loaded, batch), outputs(model, batch))
+    for settings in ({}, {"encoder_width": 9}):
+        with pytest.raises(SetupError, match=r"no FLARE MT adapter(.|\n)*allowed: encoder_width=16"):
+            states.attach(flare("bert", **settings))
+    with pytest.raises(SetupError, match="None without encoder_width"):
+        graftlm.FlareConfig(encoder_name="facebook/nllb-200-distilled-600M")
 
 
 class MarksLanguages:

@@ -9,13 +9,14 @@ from typing import Any
 from peft import LoraConfig, LoraModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from torch.nn import functional
 
 from graftlm.adapters import registry
+from graftlm.adapters.flare_call import has_source, taken
 from graftlm.adapters.flare_fusion import ALIGNMENTS, FUSIONS, Source, aligned
-from graftlm.adapters.flare_source import KEYWORDS, SourceContext
+from graftlm.adapters.flare_source import SourceContext
 from graftlm.errors import DataError, ModelError, SetupError
 
 MAP_LEAF = "lora_fusion_map"
@@ -81,16 +82,21 @@ class FlareConfig(LoraConfig):
         align: see above; None = ``position``, and with ``cross_attention``, which aligns by itself, ``attention``.
         encoder_width: of the encoder of FLARE MT; None = the source is read by the model itself. P is saved with the
             lowest fused projection, and is part of that layer for a schedule.
+        encoder_name: that encoder's hub id or folder, for the record; `EncoderStates.attach` fills it in where it is
+            None, and refuses another encoder where it is not.
+        encoder_language: how its tokenizer marked the texts of the training, for the record.
         r: rank.
         lora_alpha: α.
-        target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA.
+        target_modules: as in LoRA. None = all query and value projections. Others are allowed and have plain LoRA;
+            "all-linear" is the paper's setting for decoders.
 
     All other arguments are those of `peft.LoraConfig`.
 
     Raises:
         SetupError: a value that is not allowed, or a variant of LoRA (DoRA, PiSSA, …) that does not go with FLARE.
-            `get_peft_model` raises `ModelError` for a model without separate query and value projections. The call
-            raises `DataError` for a source that does not fit the target.
+            `get_peft_model` raises `ModelError` for a model without separate query and value projections, and for
+            quantised weights for which PEFT has plain LoRA only (AWQ, AQLM, EETQ). The call raises `DataError` for a
+            source that does not fit the target.
 
     Source: Borchert et al., arXiv 2501.06892, Section 3.
 
@@ -118,6 +124,8 @@ class FlareConfig(LoraConfig):
     source_layer: str = "next"
     align: str | None = None
     encoder_width: int | None = None
+    encoder_name: str | None = None
+    encoder_language: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +139,9 @@ class FlareConfig(LoraConfig):
         _check(not itself or self.align == "attention", "align with cross_attention", self.align, ("attention",))
         width = self.encoder_width
         _check(width is None or (type(width) is int and width > 0), "encoder_width", width, "None, or 1, 2, …")
+        _check(
+            width is not None or not self.encoder_name, "encoder_name", self.encoder_name, "None without encoder_width"
+        )
         _check(any(self.init_lora_weights is s or self.init_lora_weights == s for s in _STARTS), "init_lora_weights",
                self.init_lora_weights, _STARTS)  # fmt: skip
         _check(self.bias == "none", "bias", self.bias, ("none",))
@@ -205,9 +216,10 @@ class Fused(LoraVariant):
         if found != (number, expected):
             raise DataError(
                 "The source was represented by another model than this adapter reads.",
-                found=f"source_states of {found[0]} layers, width {found[1]}",
+                found=f"states of {found[0]} layers, width {found[1]}",
                 allowed=f"{number} layers, width {expected}",
-                fix="graftlm.ModelStates without encoder_width, graftlm.EncoderStates with it",
+                fix="graftlm.ModelStates without encoder_width; with it graftlm.EncoderStates, for source_input_ids "
+                "after EncoderStates(…).attach(model)",
             )
         return record.states[0 if self.encoder_width is not None else self.state]
 
@@ -235,15 +247,21 @@ class FlareModel(LoraModel):
         context = SourceContext.of(model)
         places = context.places
         self._layers = {path: number for number, place in enumerate(places) for path in place}
+        # as PEFT does itself after this: "all-linear" becomes the modules that it stands for
+        _maybe_include_all_linear_layers(peft_config, model)
         if not any(check_target_module_exists(peft_config, path) for path in self._layers):
-            if len(self.peft_config) == 1:
-                context.remove()
+            self._leave()
             raise ModelError(
                 "FLARE would fuse nowhere: no query or value projection is among the target modules.",
                 found=f"target_modules={peft_config.target_modules}",
                 allowed=sorted(set().union(*(place.ends for place in places))),
                 fix="leave target_modules out, or use peft.LoraConfig",
             )
+
+    def _leave(self) -> None:
+        """Before an error: nothing stays on the model, unless another adapter fuses there."""
+        if not any(getattr(module, "lora_variant", None) for module in self.model.modules()):
+            SourceContext.of(self.model).remove()
 
     def _create_and_replace(
         self,
@@ -256,19 +274,33 @@ class FlareModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
+        if adapter_name in getattr(target, "lora_variant", {}):
+            raise ModelError(
+                "The model has a FLARE adapter of this name already.",
+                found=f"{adapter_name!r} at {current_key}",
+                fix="base = model.unload() first, or model.add_adapter(ANOTHER_NAME, config)",
+            )
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
         )
         if current_key in self._layers:
             layer: Any = getattr(parent, target_name)
+            if not asks_variants(layer):
+                self._leave()
+                raise ModelError(
+                    "FLARE would be plain LoRA here: PEFT's layer for this kind of weights knows no other.",
+                    found=f"{type(layer).__name__} at {current_key}",
+                    allowed="weights as floats, torchao's int8, or those of bitsandbytes, GPTQ or HQQ",
+                    fix="the model in one of these, loaded anew",
+                )
             variant = Fused(SourceContext.of(self.model), self._layers[current_key], lora_config)
             layer.lora_variant[adapter_name] = variant
             variant.add_leaves(layer, adapter_name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; with a source the prompt is fused with it."""
-        given = {name: kwargs.pop(name, None) for name in KEYWORDS}
-        if given["source_input_ids"] is None and given["source_states"] is None:
+        given = taken(kwargs)
+        if not has_source(given):
             SourceContext.of(self.model).read(self.model, {}, **given)  # a mask alone is an error
             return self.model.generate(*args, **kwargs)
         inputs = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
@@ -291,6 +323,11 @@ class FlareModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         raise no_merge()
+
+
+def asks_variants(layer: nn.Module) -> bool:
+    """Whether a LoRA layer's forward hands over to its variants; PEFT sets them on layers that never look at them."""
+    return "lora_variant" in type(layer).forward.__code__.co_names
 
 
 def no_merge() -> ModelError:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from graftlm.adapters.flare_encode import Encode, Text, parts
+from graftlm.adapters.flare_encode import Encode
+from graftlm.adapters.flare_text import Text, parts
 from graftlm.errors import DataError
 
 _STATES, _INDEX, _HEAD, _VERSION = "states.bin", "index.safetensors", "cache.json", 2
@@ -50,7 +51,7 @@ class SourceCache:
         self.folder = Path(folder)
         try:
             head = json.loads((self.folder / _HEAD).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError("there is no source cache here", found=folder, fix="SourceCache.build") from error
         if head["version"] != _VERSION:
             raise DataError("a source cache of another version", found=head["version"], allowed=[_VERSION])
@@ -136,14 +137,16 @@ class SourceCache:
             progress: whether a bar is shown.
 
         Raises:
-            DataError: a folder that holds something else, a cache made by another model, or one without all texts; an
-                unknown dtype.
+            DataError: a folder that holds something else, a cache made by another model, or one without all texts; a
+                file in its place; an unknown dtype, or one in whose numbers a representation is infinite.
         """
         folder, unique = Path(folder), list(dict.fromkeys(texts))
         if dtype not in _DTYPES:
             raise DataError("no dtype for a source cache", found=dtype, allowed=_DTYPES)
         if not unique:
             raise DataError("there is no text for a source cache", found=folder)
+        if folder.exists() and not folder.is_dir():
+            raise DataError("a source cache is a folder, and a file lies in its place", found=folder)
         if folder.exists() and any(folder.iterdir()):
             return cls._fitting(folder, encode, unique, dtype)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -177,10 +180,11 @@ class SourceCache:
         order = sorted(unique, key=lambda text: sum(map(len, parts(text))), reverse=True)
         with (folder / _STATES).open("wb") as file:
             for start in tqdm(range(0, len(order), batch_size), disable=not progress, desc="source"):
-                states, mask = encode(order[start : start + batch_size])
+                batch = order[start : start + batch_size]
+                states, mask = encode(batch)
                 layers, width = states.shape[1], states.shape[3]
-                for row, there in zip(states.to(_DTYPES[dtype]).cpu(), mask.bool().cpu(), strict=True):
-                    kept = row[:, there].contiguous()
+                for text, row, there in zip(batch, states.cpu(), mask.bool().cpu(), strict=True):
+                    kept = _finite(row[:, there], dtype, text)
                     lengths.append(kept.shape[1])
                     file.write(kept.view(-1).view(torch.uint8).numpy().data)
         digests = torch.frombuffer(bytearray(b"".join(map(_digest, order))), dtype=torch.uint8).view(len(order), -1)
@@ -214,6 +218,20 @@ class SourceCache:
                 fix="another folder, or delete this one",
             )
         return cache
+
+
+def _finite(states: Tensor, dtype: str, text: Text) -> Tensor:
+    kept = states.to(_DTYPES[dtype]).contiguous()
+    if not kept.isfinite().all():
+        raise DataError(
+            "The representation of a text is not finite in the numbers of the source cache.",
+            found=f"{repr(text)[:80]}: up to {float(states.abs().max()):.3g}",
+            allowed=f"up to {torch.finfo(kept.dtype).max:.3g} in {dtype}",
+            fix='dtype="bfloat16", which reaches as far as float32; in a recipe training.precision=bf16'
+            if states.isfinite().all()
+            else "a model whose hidden states are finite; these are not",
+        )
+    return kept
 
 
 def _digest(text: Text) -> bytes:

@@ -9,19 +9,19 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.adapters.flare_source import SourceContext
+from graftlm.adapters.flare_text import Text, marked, tokenised
 from graftlm.errors import SetupError
 
 _OF_ADAPTERS = ("lora_", "modules_to_save.", "pooler.")  # not what the source is read with
 # of a configuration: what changes nothing that the source is read with
 _OF_TASKS = ("architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version", "use_cache")
-
-Text = str | tuple[str, ...]  # a text, or the two of a pair
 
 
 class Encode(Protocol):
@@ -52,7 +52,7 @@ class ModelStates:
         self._tokenizer, self._max_length = tokenizer, max_length
 
     def __call__(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        inputs = _tokens(self._tokenizer, texts, self._max_length, self._model)
+        inputs = _inputs(self._tokenizer, texts, self._max_length, self._model)
         states = SourceContext.of(self._model).states_of(self._model, **inputs)
         return _clean(torch.stack(states, 1), inputs["attention_mask"])
 
@@ -81,13 +81,14 @@ class EncoderStates:
 
     def __init__(self, encoder: Any, tokenizer: Any, language: str | None = None, max_length: int | None = None):
         self.tokenizer, self.language = marked(tokenizer, language), language
+        self.name: str | None = getattr(encoder, "name_or_path", None) or None  # hub id or folder
         pair = getattr(getattr(encoder, "config", None), "is_encoder_decoder", False)
         self._encoder = encoder.get_encoder() if pair and hasattr(encoder, "get_encoder") else encoder
         self._encoder.requires_grad_(False).eval()
         self._max_length = max_length
 
     def __call__(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        inputs = _tokens(marked(self.tokenizer, self.language), texts, self._max_length, self._encoder)
+        inputs = _inputs(marked(self.tokenizer, self.language), texts, self._max_length, self._encoder)
         return _clean(self.states(**inputs)[:, None], inputs["attention_mask"])
 
     @property
@@ -106,63 +107,44 @@ class EncoderStates:
     def attach(self, model: Any) -> None:
         """From now on a FLARE MT model reads ``source_input_ids`` with this encoder: tokens of the encoder's tokenizer.
 
-        The encoder does not become part of the model: it is neither trained nor saved with it.
+        The encoder does not become part of the model: it is neither trained nor saved with it. Its name and language
+        are, in the adapter's configuration, and the same encoder has to be attached again.
+
+        Raises:
+            SetupError: no adapter for the width of this encoder, or one that was trained with another encoder. Folders
+                and hub ids are compared by their last part.
         """
-        SourceContext.of(model.get_base_model() if hasattr(model, "get_base_model") else model).encoder = self
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        widths = {name: getattr(each, "encoder_width", None) for name, each in getattr(bare, "peft_config", {}).items()}
+        fitting = [bare.peft_config[name] for name, width in widths.items() if width == self.width]
+        if not fitting:
+            raise SetupError(
+                "The model has no FLARE MT adapter for the width of this encoder.",
+                found=", ".join(f"{name}: encoder_width={width}" for name, width in widths.items()) or "no adapter",
+                allowed=f"encoder_width={self.width}",
+                fix="get_peft_model(model, graftlm.FlareConfig(encoder_width=encoder_states.width, …)) first",
+            )
+        for config in fitting:
+            known = config.encoder_name
+            if known and self.name and Path(known).name != Path(self.name).name:
+                raise SetupError(
+                    "The adapter was trained with another encoder: the map from its width would be of no use.",
+                    found=self.name,
+                    allowed=known,
+                    fix="attach that one; or delete encoder_name in adapter_config.json where it has another name now",
+                )
+        for config in fitting:
+            if config.encoder_name is None:
+                config.encoder_name, config.encoder_language = self.name, self.language
+        SourceContext.of(bare).encoder = self
 
     def fingerprint(self) -> str:
         settings = f"language={self.language}, max_length={self._max_length}"
         return _fingerprint(self._encoder, marked(self.tokenizer, self.language), settings)
 
 
-def has_marks(tokenizer: Any) -> bool:
-    """Whether a tokenizer marks the language of a text."""
-    return getattr(tokenizer, "src_lang", None) is not None
-
-
-def marked(tokenizer: Any, language: str | None) -> Any:
-    """The tokenizer, told the language of the next texts where it marks languages.
-
-    Raises:
-        SetupError: a language and no marks, marks and no language, or one that the tokenizer does not know.
-    """
-    marks = has_marks(tokenizer)
-    if marks != (language is not None):
-        raise SetupError(
-            "This tokenizer marks the language of a text, and has to be told which it is."
-            if marks
-            else "This tokenizer has no marks of languages.",
-            found=f"{type(tokenizer).__name__}, language={language!r}",
-            fix='language="dan_Latn", say' if marks else "leave language out",
-        )
-    if marks and tokenizer.src_lang != language:
-        before, known = tokenizer.src_lang, True
-        try:
-            tokenizer.src_lang = language
-            known = getattr(tokenizer, "unk_token_id", None) not in tokenizer([""])["input_ids"][0]
-        except KeyError:
-            known = False
-        if not known:
-            tokenizer.src_lang = before
-            raise SetupError(
-                "The encoder's tokenizer has no mark for this language.",
-                found=f"{language!r}; {type(tokenizer).__name__}",
-                allowed=f"marks such as {before!r}",
-                fix="in a recipe: tags of `source` and `data.test` as the tokenizer's, or adapter.source_language",
-            )
-    return tokenizer
-
-
-def parts(text: Text) -> tuple[str, ...]:
-    """A text alone, or the two of a pair."""
-    return (text,) if isinstance(text, str) else tuple(text)
-
-
-def _tokens(tokenizer: Any, texts: Sequence[Text], max_length: int | None, model: nn.Module) -> dict[str, Tensor]:
-    columns = (list(column) for column in zip(*map(parts, texts), strict=True))
-    found = tokenizer(
-        *columns, padding=True, truncation=max_length is not None, max_length=max_length, return_tensors="pt"
-    )
+def _inputs(tokenizer: Any, texts: Sequence[Text], max_length: int | None, model: nn.Module) -> dict[str, Tensor]:
+    found = tokenised(tokenizer, texts, max_length, padding=True, return_tensors="pt")
     device, accepted = next(model.parameters()).device, inspect.signature(model.forward).parameters
     names = ("input_ids", "attention_mask", "token_type_ids")
     return {name: found[name].to(device) for name in names if name in found and name in accepted}

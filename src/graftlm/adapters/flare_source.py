@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,52 +14,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graftlm.adapters.flare_call import cached, fused_tokens, has_source, refuse_cached, taken, tokens_of
+from graftlm.adapters.flare_checkpoint import Replays
 from graftlm.adapters.flare_fusion import Source
+from graftlm.adapters.flare_places import places_of
 from graftlm.architectures import describe
 from graftlm.errors import DataError, ModelError, SetupError
-
-KEYWORDS = ("source_input_ids", "source_states", "source_attention_mask", "source_token_type_ids", "fusion_mask")
-# Paths in a layer; both read the same tensor.
-QUERY_AND_VALUE = (
-    ("attention.self.query", "attention.self.value"),  # BERT, RoBERTa, XLM-R
-    ("attention.q_lin", "attention.v_lin"),  # DistilBERT
-    ("self_attn.q_proj", "self_attn.v_proj"),  # Llama, Qwen, Mistral, Gemma
-    ("layer.0.SelfAttention.q", "layer.0.SelfAttention.v"),  # T5, mT5
-)
-
-
-class Place(NamedTuple):
-    """Query and value projection of a layer: their paths in the model, and the ends of names that find all of them."""
-
-    query: str
-    value: str
-
-    @property
-    def ends(self) -> set[str]:
-        return {path.rpartition(".")[2] for path in self}
-
-
-def places_of(model: nn.Module) -> list[Place]:
-    """Where a model fuses, bottom first; in an encoder-decoder in the encoder's self-attention.
-
-    Raises:
-        ModelError: a layer without a query and a value projection of its own.
-    """
-    found = []
-    for layer in describe(model).layers:
-        if layer.stack == "decoder":
-            continue
-        modules = dict(layer.module.named_modules())
-        pair = next((pair for pair in QUERY_AND_VALUE if set(pair) <= modules.keys()), None)
-        if pair is None:
-            raise ModelError(
-                f"FLARE knows no query and value projection in a {type(layer.module).__name__}.",
-                found=f"{layer.name}: {', '.join(name for name, _ in layer.module.named_children())}",
-                allowed=[" and ".join(pair) for pair in QUERY_AND_VALUE],
-                fix="a model with separate layers for queries and values; GPT-2 and ModernBERT have one for both",
-            )
-        found.append(Place(*(f"{layer.name}.{path}" for path in pair)))
-    return found
 
 
 class SourceContext:
@@ -67,15 +27,13 @@ class SourceContext:
 
     def __init__(self, model: nn.Module):
         self.places = places_of(model)
-        self.is_pair = any(layer.stack == "encoder" for layer in describe(model).layers)
+        self.is_encoder_decoder = any(layer.stack == "encoder" for layer in describe(model).layers)
         self.current: Source | None = None
         self.prompt: Source | None = None  # while generating
         self.maps: dict[str, nn.Linear] = {}  # adapter → P of FLARE MT
         self.encoder: Any = None  # an `EncoderStates` of FLARE MT that was attached
+        self.replays = Replays()
         self._reading = False
-        self._replaying = False
-        self._fused_before = False
-        self._unbound: list[tuple[nn.Module, Callable]] = []
         self._handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, always_call=True),
@@ -99,47 +57,44 @@ class SourceContext:
             SetupError: a checkpoint that was not told which source its pass belongs to.
             ModelError: an input that is not the target as it was given.
         """
-        if self.current is None:
-            if self._fused_before and not self._replaying and torch._C._current_graph_task_id() != -1:
-                raise SetupError(
-                    "A layer is computed a second time for the backward pass, and its source is gone.",
-                    found="activation checkpointing that is not the model's own",
-                    fix="gradient_checkpointing=True in TrainingArguments, or model.activation_checkpointing_enable()",
-                )
+        source = self.replays.source if self.replays.running else self.current
+        if source is None:
+            if not self.replays.running:
+                self.replays.refuse_others()
             return None
-        if shape != self.current.shape:
+        if shape != source.shape:
             raise ModelError(
                 "A fused projection reads something else than the target that the model was given.",
                 found=f"(batch, length) = {shape}",
-                allowed=str(self.current.shape),
+                allowed=str(source.shape),
                 fix="no adapter_names and no packing together with source_input_ids",
             )
-        return self.current
+        return source
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Read the source; the model's own forward never sees our keywords."""
         if self._reading:
             return None
-        given = {name: kwargs.pop(name, None) for name in KEYWORDS}
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(model.forward)
+        given = taken(kwargs, signature.parameters)
+        inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         if self.prompt is not None:
-            if not self.is_pair:
+            if not self.is_encoder_decoder:
                 self.current = self._step(inputs)
         else:
+            if not self.is_encoder_decoder and has_source(given):
+                refuse_cached(inputs)
             self.current = self.read(model, inputs, **given)
-            self._fused_before = self.current is not None
-        self._bind(model)
+        self.replays.bind(model, self.current)
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Forget the source: autograd and `_bind` hold what the backward pass needs."""
+        """Forget the source: autograd and `Replays` hold what the backward pass needs."""
         if self._reading:
             return
-        for module, function in self._unbound:
-            module._gradient_checkpointing_func = function  # type: ignore[assignment]
-        self._unbound = []
-        self.current = self.prompt if self.is_pair else None
+        self.replays.release()
+        self.current = self.prompt if self.is_encoder_decoder else None
 
     def read(
         self,
@@ -175,16 +130,18 @@ class SourceContext:
             raise DataError("A source is read or given, not both.", found="source_input_ids and source_states")
         if any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)):
             return None
-        target = _target(model, inputs, fusion_mask, self.is_pair)
+        target = fused_tokens(model, inputs, fusion_mask, self.is_encoder_decoder)
         shape = tuple(given.shape) if source_states is None else (given.shape[0], *given.shape[2:3])
         mask = given.new_ones(shape, dtype=torch.long) if source_attention_mask is None else source_attention_mask
-        if given.ndim != (2 if source_states is None else 4) or tuple(mask.shape) != shape or len(mask) != len(target):
+        fits = given.ndim == (2 if source_states is None else 4) and tuple(mask.shape) == shape
+        if not fits or len(mask) != len(target) or 0 in given.shape:
             raise DataError(
                 "Source and target are no pairs.",
                 found=f"source {tuple(given.shape)}, source_attention_mask {tuple(mask.shape)}, "
                 f"{len(target)} target rows",
                 allowed="source_input_ids and mask (batch, source length), source_states (batch, layers, source "
-                "length, width), with a row for each row of the target",
+                "length, width), with a row for each row of the target and a column at least",
+                fix="rows without a source have source_attention_mask 0, and plain LoRA",
             )
         states: Sequence[Tensor]
         if source_input_ids is not None:
@@ -200,7 +157,7 @@ class SourceContext:
 
     def backbone(self, model: nn.Module) -> Any:
         """The part of a model that reads the source: without a head, of an encoder-decoder the encoder."""
-        if not self.is_pair:
+        if not self.is_encoder_decoder:
             return getattr(model, "base_model", model)
         first = describe(model).layers[0].name.split(".")
         return model.get_submodule(".".join(first[:-2]))
@@ -225,88 +182,34 @@ class SourceContext:
 
     def _step(self, inputs: dict[str, Any]) -> Source | None:
         """The part of the prompt's source that one forward pass of `generate` needs."""
-        prompt = self.prompt
-        tokens = inputs.get("input_ids")
-        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        prompt, tokens = self.prompt, tokens_of(inputs)
         if prompt is None or tokens is None:
             return None
         if len(tokens) != len(prompt.target):
             self.prompt = prompt = prompt.repeated(len(tokens) // len(prompt.target))
-        cache = inputs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        now, length = tokens.shape[1], prompt.target.shape[1]
+        past, now, length = cached(inputs), tokens.shape[1], prompt.target.shape[1]
         if past >= length:
             return None
         target = functional.pad(prompt.target, (0, max(0, past + now - length)))
         return Source(prompt.states, prompt.mask, target, (past, past + now))
-
-    def _bind(self, model: nn.Module) -> None:
-        """Layers that are computed again in the backward pass find the source of *this* call then."""
-        if not (model.training and torch.is_grad_enabled()):
-            return
-        for module in model.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and getattr(module, "gradient_checkpointing", False):
-                self._unbound.append((module, function))
-                module._gradient_checkpointing_func = partial(self._checkpoint, function, self.current)  # type: ignore[assignment]
-
-    def _checkpoint(self, function: Callable, record: Source | None, layer: Callable, *args: Any) -> Any:
-        def run(*inner: Any) -> Any:
-            before = self.current, self._replaying
-            self.current, self._replaying = record, True
-            try:
-                return layer(*inner)
-            finally:
-                self.current, self._replaying = before
-
-        return function(run, *args)
 
     @contextmanager
     def generating(self, model: nn.Module, inputs: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
         """Within it `model.generate` fuses the prompt with the source."""
         if inputs.get("attention_mask") is None and given.get("fusion_mask") is None:
             raise DataError("generate() with a source needs to know the tokens of the prompt.", fix="attention_mask=…")
+        if cached(inputs) and given.get("fusion_mask") is None and not self.is_encoder_decoder:
+            raise DataError(
+                "generate() goes on from a KV cache, and has to know which tokens are the prompt that was fused.",
+                found=f"{cached(inputs)} tokens in past_key_values, and no fusion_mask",
+                fix="fusion_mask=…, (batch, length), 1 at that prompt and 0 at what was written after it",
+            )
         self.prompt = self.read(model, inputs, **given)
-        self.current = self.prompt if self.is_pair else None
+        self.current = self.prompt if self.is_encoder_decoder else None
         try:
             yield
         finally:
             self.prompt = self.current = None
-
-
-def _target(model: nn.Module, inputs: dict[str, Any], fusion_mask: Tensor | None, is_pair: bool) -> Tensor:
-    """Which tokens of the target are fused, (batch, length)."""
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise DataError("A source was given, and no target to fuse it into.", fix="model(input_ids=…, …)")
-    shape = tuple(tokens.shape[:2])
-    labels = inputs.get("labels")
-    writes = not is_pair and "ForCausalLM" in type(model).__name__
-    if fusion_mask is None and writes and labels is not None:
-        raise SetupError(
-            "Training a decoder to write needs to know which tokens are the prompt: only these are fused, in training "
-            "and in generate() alike.",
-            found="labels, and no fusion_mask",
-            fix="fusion_mask=…, (batch, length), 1 at the prompt and 0 at the answer; graftlm.FlareCollator makes it",
-        )
-    mask = inputs.get("attention_mask")
-    if mask is not None and tuple(mask.shape) != shape:
-        raise DataError(
-            "FLARE needs a mask of the target's tokens.",
-            found=f"attention_mask {tuple(mask.shape)}",
-            allowed=str(shape),
-        )
-    real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
-    if fusion_mask is None:
-        return real
-    if tuple(fusion_mask.shape) != shape:
-        raise DataError(
-            "The fusion_mask is not as large as the target.",
-            found=str(tuple(fusion_mask.shape)),
-            allowed=str(shape),
-        )
-    return real & fusion_mask.bool()
 
 
 def _keep(states: list[Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
