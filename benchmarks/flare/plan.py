@@ -57,6 +57,7 @@ class Scale:
     rates: tuple[float, ...] = (1e-3, 3e-3)
     epochs: int = 4
     rows: int | None = None  # of train, and a quarter of it of dev and test; None: all
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         if TUNED not in self.folds or dev_part(TUNED) in self.folds:
@@ -72,6 +73,8 @@ class Scale:
 STUDY = Scale()
 SCALES = {
     "study": STUDY,
+    # exploratory: are rates above those of the study better? On a processor without bf16 instructions.
+    "steeper": Scale((ALONE,), folds=(TUNED,), seeds=1, rates=(1e-2, 3e-2), precision="float32"),
     "smoke": Scale((ALONE,), folds=(TUNED,), seeds=1, rates=(1e-3,), epochs=1, rows=64),
 }
 

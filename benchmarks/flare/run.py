@@ -39,6 +39,7 @@ def english(work: Path, name: str, job: Job, scale: Scale):
             f"data.dev=folds/{job.fold}/dev.{SOURCE}.jsonl",
             f"data.test={json.dumps(files)}",
             f"training.epochs={scale.epochs}",
+            f"training.precision={scale.precision}",
         ],
     )
 
@@ -65,6 +66,7 @@ def arm(work: Path, name: str, job: Job, base: Path, scale: Scale = STUDY):
             f"adapter={json.dumps(adapter)}",
             f"training.learning_rate={job.rate}",
             f"training.epochs={scale.epochs}",
+            f"training.precision={scale.precision}",
         ],
     )
 
