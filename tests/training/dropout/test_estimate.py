@@ -130,6 +130,24 @@ def test_texts_are_streamed_and_the_estimate_stops_early():
     assert some.settled.examples == 21
 
 
+HALF_AND_HALF = [" ".join(f"w{(7 * i + j) % 60}" for j in range(2 if i % 2 else 20)) for i in range(400)]
+
+
+@pytest.mark.parametrize("stop", [{"max_examples": 50}, {"tolerance": 0.2}], ids=["counted", "settled"])
+def test_a_stop_takes_texts_as_they_come_and_not_the_shortest(stop):
+    """Trap: texts are sorted by length a window, so that a stop inside one would see its short texts alone."""
+    model = lm("bert", num_layers=1)
+    rates = GuidedDropout.estimate(
+        model, HALF_AND_HALF, tokenizer=tokenizer(), max_length=24, **QUICK | {"batch_size": 16} | stop
+    )
+    used = rates.settled.examples
+    assert used < len(HALF_AND_HALF)
+    assert rates.settled.early == ("tolerance" in stop)
+    wanted = one_by_one(model, "masked_lm", HALF_AND_HALF[:used])
+    for name, found in rates.tensors.items():
+        assert found.score == pytest.approx(wanted[name], rel=1e-4), name
+
+
 def test_the_rank_error_is_the_spread_of_ranks_over_repeated_samples():
     """Against fresh samples of the population, which the bootstrap stands in for."""
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from graftlm.measure.pretraining import squared_gradients
 from graftlm.training.dropout.heads import check_head as check_lm_head
 from graftlm.training.dropout.rates import rank_error
 from graftlm.training.dropout.sites import Block, canonical
-from graftlm.training.dropout.texts import Example, batches, pretraining_task
+from graftlm.training.dropout.texts import Example, pretraining_task, windows
 
 _FEWEST, _GROWTH = 64, 1.15
 
@@ -94,29 +94,35 @@ def estimate_scores(
     rows: list[np.ndarray] = []
     error, early, check_at = math.inf, False, _FEWEST
     total = max_examples or (len(texts) if isinstance(texts, Sized) else None)
-    stream = batches(texts, tokenizer, task, batch_size=batch_size, max_length=max_length, seed=seed)
+    stream = windows(
+        texts,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        max_examples=max_examples,
+    )
     with (
         undisturbed(model, {"measured": list(parameters.values())}),
         tqdm(total=total, desc="Fisher information", unit="text", disable=not progress) as bar,
     ):
-        for examples, batch in stream:
-            if max_examples is not None and run.examples + len(examples) > max_examples:
-                keep = max_examples - run.examples
-                examples, batch = examples[:keep], {name: value[:keep] for name, value in batch.items()}
-            losses, squares = squared_gradients(
-                model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
-            )
-            run.add(examples, losses, task)
-            rows.append(squares.numpy())
-            bar.update(len(examples))
-            if run.examples >= check_at:
+        for window in stream:
+            for examples, batch in window:
+                losses, squares = squared_gradients(
+                    model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
+                )
+                run.add(examples, losses, task)
+                rows.append(squares.numpy())
+                bar.update(len(examples))
+            if run.examples >= check_at:  # between windows only: inside one the shortest texts come first
                 run.check()
                 error = rank_error(np.concatenate(rows) @ mixing)
                 bar.set_postfix_str(f"ranks ±{100 * error:.1f} %")
-                check_at = math.ceil(check_at * _GROWTH)
+                check_at = math.ceil(run.examples * _GROWTH)
                 early = 0 < tolerance >= error
-            if early or run.examples == max_examples:
-                break
+                if early:
+                    break
         if not rows:
             raise DataError("no text has anything to predict", found="texts", fix="give texts of two words and more")
         run.check()

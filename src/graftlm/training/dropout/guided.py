@@ -99,7 +99,7 @@ class GuidedDropout:
             tolerance: stop once the ranking is settled: the bootstrap's standard deviation of r / R, averaged over
                 blocks, is at most this. 0: use all texts.
             max_length: tokens; longer text is cut.
-            batch_size: texts a forward pass; the result does not depend on it.
+            batch_size: texts a forward pass. Scores do not depend on it; the stop is looked for every 8 · batch_size texts.
             seed: of masks and spans.
             check_head: refuse a head that predicts no better than word frequencies do.
             progress: whether a bar is shown.

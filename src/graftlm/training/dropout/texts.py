@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -55,13 +55,24 @@ def pretraining_task(model: nn.Module) -> str:
     )
 
 
-def batches(
-    texts: Iterable[str], tokenizer, task: str, *, batch_size: int, max_length: int, seed: int
-) -> Iterator[tuple[list[Example], dict[str, Tensor]]]:
+Batch = tuple[list[Example], dict[str, Tensor]]
+
+
+def windows(
+    texts: Iterable[str],
+    tokenizer,
+    task: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_examples: int | None = None,
+) -> Iterator[list[Batch]]:
     """Streams texts as padded batches; what is masked in a text depends on `seed` and its position alone.
 
-    Texts with nothing to predict (no token but special ones; a single one for causal LM and span corruption) are left
-    out.
+    A window is the batches of the next few texts of the stream, sorted by length. Who stops early has to stop behind a
+    whole window: what comes first in it are its shortest texts. Texts with nothing to predict (no token but special
+    ones; a single one for causal LM and span corruption) are left out, and do not count in `max_examples`.
 
     Raises:
         DataError: a text that is not a string, or a single string in place of texts.
@@ -70,12 +81,17 @@ def batches(
     if isinstance(texts, str | bytes | Mapping):
         raise DataError("texts is one string or a mapping, not many strings", found=type(texts).__name__, fix="[text]")
     make = _Maker(tokenizer, task, max_length, seed)
-    stream = (example for index, text in enumerate(texts) if (example := make(index, text)) is not None)
+    examples = (example for index, text in enumerate(texts) if (example := make(index, text)) is not None)
+    stream = islice(examples, max_examples)
     while window := list(islice(stream, _WINDOW * batch_size)):
         window.sort(key=lambda example: (len(example.ids), len(example.labels)))
-        for start in range(0, len(window), batch_size):
-            part = window[start : start + batch_size]
-            yield part, _collate(part, make.pad)
+        parts = [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+        yield [(part, _collate(part, make.pad)) for part in parts]
+
+
+def batches(texts: Iterable[str], tokenizer, task: str, **how) -> Iterator[Batch]:
+    """All batches of all `windows`."""
+    return chain.from_iterable(windows(texts, tokenizer, task, **how))
 
 
 class _Maker:
