@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from graftlm.errors import DataError, SetupError
+from graftlm.errors import DataError
 from graftlm.measure.fisher import undisturbed
 from graftlm.measure.likelihood import IGNORED
 from graftlm.measure.pretraining import squared_gradients
 from graftlm.training.dropout.heads import check_head as check_lm_head
 from graftlm.training.dropout.rates import rank_error
 from graftlm.training.dropout.sites import Block, canonical
-from graftlm.training.dropout.texts import Example, pretraining_task, windows
+from graftlm.training.dropout.texts import Example, pretraining_task, pretraining_windows
 
 _FEWEST, _GROWTH = 64, 1.15
 
@@ -74,27 +74,18 @@ def estimate_scores(
     progress: bool,
 ) -> tuple[dict[str, TensorScore], str, Settled]:
     """Scores of the named tensors, the task, and how the measurement ended; see `graftlm.GuidedDropout.estimate`."""
-    for what, value, least in (
-        ("max_examples", max_examples, 2),
-        ("batch_size", batch_size, 1),
-        ("max_length", max_length, 4),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SetupError(f"{what} is a number of at least {least}", found=repr(value))
     task = pretraining_task(model)
     by_name = {canonical(name): parameter for name, parameter in backbone.named_parameters()}
     parameters = {name: by_name[name] for name in names}
     mixing = _mixing(parameters, ranked)
     device = next(iter(parameters.values())).device
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if positions is not None and task != "seq2seq_lm":
-        max_length = min(max_length, positions - 2)  # RoBERTa counts positions from 2
     run = _Run(check_head, model)
 
     rows: list[np.ndarray] = []
     error, early, check_at = math.inf, False, _FEWEST
     total = max_examples or (len(texts) if isinstance(texts, Sized) else None)
-    stream = windows(
+    stream = pretraining_windows(
+        backbone,
         texts,
         tokenizer,
         task,

@@ -99,7 +99,8 @@ class GuidedDropout:
             tolerance: stop once the ranking is settled: the bootstrap's standard deviation of r / R, averaged over
                 blocks, is at most this. 0: use all texts.
             max_length: tokens; longer text is cut.
-            batch_size: texts a forward pass. Scores do not depend on it; the stop is looked for every 8 · batch_size texts.
+            batch_size: texts a forward pass. Scores do not depend on it; whether to stop is asked behind each eight
+                batches.
             seed: of masks and spans.
             check_head: refuse a head that predicts no better than word frequencies do.
             progress: whether a bar is shown.

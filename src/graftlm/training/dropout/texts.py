@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import DataError, ModelError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.likelihood import IGNORED
 
 MASKED, REPLACED, KEPT = 0.15, 0.1, 0.1
@@ -87,6 +88,46 @@ def windows(
         window.sort(key=lambda example: (len(example.ids), len(example.labels)))
         parts = [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
         yield [(part, _collate(part, make.pad)) for part in parts]
+
+
+def pretraining_windows(
+    model: Any,
+    texts: Iterable[str],
+    tokenizer,
+    task: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_examples: int | None,
+) -> Iterator[list[Batch]]:
+    """`windows` for a model: no longer than its table of positions.
+
+    Raises:
+        SetupError: a number that is none or too small.
+    """
+    for what, value, least in (
+        ("max_examples", max_examples, 2),
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 4),
+        ("seed", seed, 0),
+    ):
+        if what == "max_examples" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SetupError(f"{what} is a number of at least {least}", found=repr(value), fix=f"{what}={least}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and task != "seq2seq_lm":
+        max_length = min(max_length, positions - 2)  # RoBERTa counts positions from 2
+    return windows(
+        texts,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        max_examples=max_examples,
+    )
 
 
 def batches(texts: Iterable[str], tokenizer, task: str, **how) -> Iterator[Batch]:
