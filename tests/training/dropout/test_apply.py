@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForMaskedLM
 
 from graftlm.errors import DataError, ModelError, SetupError
+from graftlm.evaluation.dropout_section import dropout_section
 from graftlm.training.dropout.fingerprint import Fingerprint
 from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.dropout.noise import GaussianDropout
@@ -166,6 +167,36 @@ def test_adapters_of_models_without_dropout(architecture):
     assert not any("drop" in name for name in adapted.state_dict())
     attention = rates.apply(adapted, on="model")
     assert {row.module.rpartition(".")[2] for row in attention.rows} == {"attention_dropout"}
+
+
+@pytest.mark.parametrize(("architecture", "targets"), [("bert", ["query"]), ("llama", ["q_proj", "v_proj"])])
+def test_the_report_shows_what_was_set_on_adapters(architecture, targets, tmp_path):
+    """Trap: the file's own rates are those of other blocks, ranked among themselves."""
+    model, head = pair(architecture, num_layers=2)
+    rates = estimate(model)
+    adapted = get_peft_model(head, LoraConfig(target_modules=targets, task_type="SEQ_CLS"))
+    rates.save(tmp_path / "dropout.json", rates.apply(adapted, on="adapters"))
+    names = [f"{n.split('.lora_dropout')[0]}" for n, _ in adapted.named_modules() if n.endswith("lora_dropout.default")]
+    scores = [rates.tensors[f"{name.split('.', 3)[3]}.weight"].score for name in names]
+    if architecture == "bert":
+        scores = [
+            (score + rates.tensors[f"{name.split('.', 3)[3]}.bias"].score) / 2
+            for name, score in zip(names, scores, strict=True)
+        ]
+    order = sorted(scores)
+    set_on = {n: m.p for n, m in adapted.named_modules() if n.endswith("lora_dropout.default")}
+    section = dropout_section(tmp_path)
+    assert len(section["dropout"]["rows"]) == len(names) == 2 * len(targets)
+    for row, name, score in zip(section["dropout"]["rows"], names, scores, strict=True):
+        assert name.endswith(row["block"])
+        assert row["rank"] == order.index(score)
+        assert float(row["score"]) == pytest.approx(score, rel=0.01)
+        assert float(row["rate"]) == pytest.approx(set_on[f"{name}.lora_dropout.default"], abs=1e-4)
+        assert float(row["measured"]) == pytest.approx(float(row["rate"]), abs=0.03)
+    assert section["dropout"]["mean"] == "0.0500"
+    for target in targets:
+        assert target in section["dropout_picture"]
+    assert "attention output" not in section["dropout_picture"]
 
 
 def test_adapters_on_a_model_with_dropout():

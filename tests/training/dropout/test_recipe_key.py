@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from lms import lm, save_language_model, texts, tokenizer
+from lms import save_language_model, texts, tokenizer
 from small import classification_rows, small_folder, small_recipe
 from torch import nn
 from transformers import BertForMaskedLM
@@ -76,6 +75,17 @@ def test_lora_dropouts(folder):
     assert found == pytest.approx([0.1 * i / 5 for i in range(6)])
 
 
+def test_the_report_of_a_run_shows_the_adapters(folder):
+    recipe = small_recipe(
+        folder, "dropout={target: adapters}", "training.max_steps=2", "data.dev=null", "name=adapters"
+    )
+    run_recipe(recipe, progress=False)
+    page = (recipe.folder / "report.html").read_text()
+    assert "6 blocks; the measured rate" in page
+    assert page.count("attention.self.value</bdi>") == page.count("attention.self.query</bdi>") == 3
+    assert "ffn_output" not in page
+
+
 def test_a_model_without_its_head_stops_the_run_before_it_begins(tmp_path):
     folder = small_folder(tmp_path)
     with pytest.raises(ModelError, match=r"freshly initialised(?s:.*)cls\.predictions"):
@@ -98,11 +108,6 @@ def test_mistakes_in_the_key(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(f"{RECIPE}{text}\n")
     with pytest.raises(RecipeError, match=rf"recipe\.yaml:\d+(?s:.*){message}"):
         load_recipe(tmp_path / "recipe.yaml")
-
-
-def test_the_tokenizer_of_the_tests_knows_its_words():
-    assert tokenizer().unk_token_id not in tokenizer()(" ".join(texts(20)))["input_ids"]
-    assert isinstance(lm("bert"), torch.nn.Module)
 
 
 def test_the_report_shows_rates_and_landscape(folder):

@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from graftlm.errors import ModelError, SetupError
 from graftlm.training.dropout.noise import GaussianDropout, gaussian_noise, use_gaussian_attention, use_usual_attention
+from graftlm.training.dropout.rates import ranks
 from graftlm.training.dropout.sites import Block, Site, canonical, is_dropout
 
 _ROWS, _TOKENS = 8, 32
@@ -24,10 +26,14 @@ _SEEN_THROUGH = ("eager", "sdpa")
 class AppliedRate:
     """One dropout: where, what its rate was and is, and the share of elements that a forward pass dropped.
 
-    With Gaussian noise `measured` is the rate that has the variance found. None: not measured.
+    `kind`, `score` and `rank` (0 = least information) are those of its block among all blocks that were ranked. With
+    Gaussian noise `measured` is the rate that has the variance found. None: not measured.
     """
 
     block: str
+    kind: str
+    score: float
+    rank: int
     module: str
     old: float
     new: float
@@ -100,9 +106,22 @@ def _adapter_dropout(wrapper: nn.Module, path: str, adapter: str) -> Site:
 
 
 def set_rates(
-    model: nn.Module, backbone: nn.Module, blocks: Sequence[Block], rates: Mapping[str, float], noise: str, verify: bool
+    backbone: nn.Module,
+    blocks: Sequence[Block],
+    scores: Sequence[float],
+    rates: Mapping[str, float],
+    noise: str,
+    verify: bool,
 ) -> Applied:
     """Sets one rate a block on all of its dropouts, and measures them in a forward pass.
+
+    Args:
+        backbone: see `find_sites`.
+        blocks: with their dropouts.
+        scores: one a block, for the table that is returned.
+        rates: block name → rate.
+        noise: ``bernoulli`` or ``gaussian``.
+        verify: whether they are measured.
 
     Raises:
         ModelError: a mask rate that does not agree with the rate that was set, or a dropout that never runs. The old
@@ -132,13 +151,13 @@ def set_rates(
             _compare(blocks, rates, measured, noise)
         undo.pop_all()
     old = {site.path: rate for site, _, rate in before}
-    return Applied(
-        tuple(
-            AppliedRate(block.name, site.path, old[site.path], rates[block.name], *measured.get(site.path, (None, 0)))
-            for block in blocks
-            for site in block.sites
-        )
-    )
+    rows = []
+    for block, score, rank in zip(blocks, scores, ranks(np.asarray(scores)).tolist(), strict=True):
+        for site in block.sites:
+            share, count = measured.get(site.path, (None, 0))
+            new = rates[block.name]
+            rows.append(AppliedRate(block.name, block.kind, score, rank, site.path, old[site.path], new, share, count))
+    return Applied(tuple(rows))
 
 
 def _in_kernel(site: Site) -> bool:

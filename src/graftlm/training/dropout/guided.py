@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from graftlm.errors import DataError, ModelError, SetupError
@@ -18,7 +19,7 @@ from graftlm.training.dropout.apply import Applied, adapter_sites, check_target,
 from graftlm.training.dropout.estimate import Settled, TensorScore, estimate_scores
 from graftlm.training.dropout.fingerprint import Fingerprint
 from graftlm.training.dropout.heads import load_with_head
-from graftlm.training.dropout.rates import Schedule
+from graftlm.training.dropout.rates import Schedule, ranks
 from graftlm.training.dropout.sites import Block, find_sites
 
 SCHEMA = "graftlm.guided_dropout/1"
@@ -170,12 +171,10 @@ class GuidedDropout:
     def rows(self) -> list[dict[str, Any]]:
         """One row a block, in the order of the model: block, type, score, rank (0 = least information), rate."""
         scores = [self.score(block) for block in self._ranked]
-        order = sorted(range(len(scores)), key=scores.__getitem__)
-        rank = {position: place for place, position in enumerate(order)}
-        rates = self.rates
+        rates, order = self.rates, ranks(np.asarray(scores)).tolist()
         return [
-            {"block": one.name, "type": one.kind, "score": scores[i], "rank": rank[i], "rate": rates[one.name]}
-            for i, one in enumerate(self._ranked)
+            {"block": block.name, "type": block.kind, "score": score, "rank": rank, "rate": rates[block.name]}
+            for block, score, rank in zip(self._ranked, scores, order, strict=True)
         ]
 
     def table(self) -> str:
@@ -224,15 +223,15 @@ class GuidedDropout:
         else:
             blocks = list(found.blocks)
             _check_same_blocks(self.blocks, blocks)
-        rates = self.rates_of(blocks)
-        return set_rates(model, found.backbone, blocks, rates, self.schedule.noise, verify)
+        scores = [self.score(block) for block in blocks]
+        return set_rates(found.backbone, blocks, scores, self.rates_of(blocks), self.schedule.noise, verify)
 
     def save(self, path: str | os.PathLike[str], applied: Applied | None = None) -> Path:
         """Writes the measurement, the schedule and the model's fingerprint as JSON; no weights, no text.
 
         Args:
             path: the file.
-            applied: what `apply` returned, to stand beside the rates.
+            applied: what `apply` returned, to stand beside the rates; the report shows these.
         """
         path = Path(path)
         values = self.as_dict() | ({"applied": dataclasses.asdict(applied)["rows"]} if applied else {})
