@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from graftlm.errors import ModelError, SetupError
-from graftlm.training.dropout.noise import GaussianDropout, gaussian_noise, use_gaussian_attention, use_usual_attention
+from graftlm.training.dropout.noise import (
+    ATTENTION,
+    GaussianDropout,
+    gaussian_noise,
+    use_gaussian_attention,
+    use_usual_attention,
+)
 from graftlm.training.dropout.rates import ranks
-from graftlm.training.dropout.sites import Block, Site, canonical, is_dropout
+from graftlm.training.dropout.sites import Block, Site, is_dropout
 
 _ROWS, _TOKENS = 8, 32
 _SIGMAS = 5.0
-_SEEN_THROUGH = ("eager", "sdpa")
+_SEEN_THROUGH = ("eager", "sdpa", ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -56,55 +62,6 @@ class Applied:
         return "\n".join(lines)
 
 
-def adapter_sites(backbone: nn.Module, modules: Sequence[Block], adapter: str | None) -> list[Block]:
-    """The adapter dropouts of a PEFT model, one block for each wrapped module.
-
-    Args:
-        backbone: see `find_sites`.
-        modules: its linear layers.
-        adapter: the adapter's name; None: the active one.
-
-    Raises:
-        ModelError: no module carries an adapter, an adapter without a dropout of its own, or one on a module without
-            scores.
-    """
-    known = {block.name: block for block in modules}
-    found = []
-    for path, wrapper in backbone.named_modules():
-        if not hasattr(wrapper, "base_layer") or not hasattr(wrapper, "active_adapters"):
-            continue
-        name = adapter or wrapper.active_adapters[0]
-        if name not in getattr(wrapper, "lora_A", {name: None}):
-            continue  # this adapter does not wrap this module
-        slot = _adapter_dropout(wrapper, path, name)
-        block = known.get(canonical(path))
-        if block is None:
-            raise ModelError(
-                "an adapter's dropout has no block: the module that it wraps was not measured",
-                found=f"{path}.{slot.name}",
-                allowed="adapters on linear layers inside the transformer layers",
-            )
-        found.append(Block(block.name, block.kind, block.tensors, (slot,)))
-    if not found:
-        raise ModelError(
-            "no adapter was found whose dropout could be guided",
-            found=type(backbone).__name__,
-            fix="get_peft_model(model, LoraConfig(…)) first; or apply(model, on='model') for the model's own dropouts",
-        )
-    return found
-
-
-def _adapter_dropout(wrapper: nn.Module, path: str, adapter: str) -> Site:
-    for name, slot in wrapper.named_children():
-        if name.endswith("dropout") and isinstance(slot, nn.ModuleDict) and adapter in slot:
-            return Site(f"{path}.{name}.{adapter}", slot, adapter, slot[adapter])
-    raise ModelError(
-        "an adapter has no dropout of its own",
-        found=f"{path} ({type(wrapper).__name__}, adapter {adapter!r})",
-        allowed="adapters with a dropout a module, such as LoRA",
-    )
-
-
 def set_rates(
     backbone: nn.Module,
     blocks: Sequence[Block],
@@ -128,24 +85,25 @@ def set_rates(
             rates are then back in place.
     """
     before = [(site, site.value, site.rate) for block in blocks for site in block.sites]
-    was_gaussian = any(isinstance(value, GaussianDropout) for _, value, _ in before)
-    attention = [site for block in blocks for site in block.sites if _in_kernel(site)]
+    attention = [site for block in blocks for site in block.sites if _in_kernel(site)]  # none where blocks are adapters
+    was_gaussian = backbone.config._attn_implementation == ATTENTION
 
     def restore() -> None:
         for site, value, rate in before:
             _put(site, value)
             if is_dropout(value):
                 value.p = rate
-        if not was_gaussian:
-            use_usual_attention(backbone)
+        if attention:
+            (use_gaussian_attention if was_gaussian else use_usual_attention)(backbone)
 
     with ExitStack() as undo:
         undo.callback(restore)
         for block in blocks:
             for site in block.sites:
                 _set(site, rates[block.name], noise)
-        if attention or was_gaussian:
+        if attention:
             (use_gaussian_attention if noise == "gaussian" else use_usual_attention)(backbone)
+            _check_kernel(backbone, [rates[block.name] for block in blocks if any(map(_in_kernel, block.sites))])
         measured = _measure(backbone, blocks, noise) if verify else {}
         if verify:
             _compare(blocks, rates, measured, noise)
@@ -158,6 +116,17 @@ def set_rates(
             new = rates[block.name]
             rows.append(AppliedRate(block.name, block.kind, score, rank, site.path, old[site.path], new, share, count))
     return Applied(tuple(rows))
+
+
+def _check_kernel(backbone: Any, rates: Sequence[float]) -> None:
+    """Flex attention raises in training, at the first rate above 0; the check, which runs in eager form, would pass."""
+    if backbone.config._attn_implementation == "flex_attention" and any(rates):
+        raise ModelError(
+            "flex attention has no dropout, so that training with these rates would raise",
+            found="attn_implementation='flex_attention'",
+            allowed="eager, sdpa, flash_attention_2",
+            fix="model.set_attn_implementation('sdpa')",
+        )
 
 
 def _in_kernel(site: Site) -> bool:
@@ -215,7 +184,7 @@ def _made_up_batch(backbone: Any) -> dict[str, Tensor]:
 def _visible_attention(backbone: Any):
     """Flash attention's mask cannot be seen; the rate reaches it through the same argument as eager attention's."""
     before = backbone.config._attn_implementation
-    hidden = before not in _SEEN_THROUGH and not before.startswith("graftlm")
+    hidden = before not in _SEEN_THROUGH
     try:
         if hidden:
             backbone.set_attn_implementation("eager")
@@ -269,10 +238,17 @@ class _Watcher(TorchFunctionMode):
         result = function(*args, **kwargs)
         if self._running and self._running[-1]:
             if function in (nn.functional.dropout, gaussian_noise):
-                self._count(args[0] if args else kwargs["input"], result)
+                self._look_at(function, args, kwargs, result)
             elif function is nn.functional.scaled_dot_product_attention:
                 self._look_into_kernel(function, args, kwargs)
         return result
+
+    def _look_at(self, function, args, kwargs, result: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        if not x.any():  # the output of an adapter that has not learned yet: zeros, which show no mask
+            x = torch.ones_like(x)
+            result = function(x, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
+        self._count(x, result)
 
     def _look_into_kernel(self, function, args, kwargs) -> None:
         """With the identity as the values, the kernel's output is its attention probabilities, dropped or not."""

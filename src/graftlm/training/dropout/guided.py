@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from graftlm.errors import DataError, ModelError, SetupError
-from graftlm.training.dropout.apply import Applied, adapter_sites, check_target, set_rates
+from graftlm.training.dropout.adapter_sites import adapter_sites, has_adapters
+from graftlm.training.dropout.apply import Applied, check_target, set_rates
 from graftlm.training.dropout.estimate import Settled, TensorScore, estimate_scores
 from graftlm.training.dropout.fingerprint import Fingerprint
 from graftlm.training.dropout.heads import load_with_head
@@ -203,7 +204,7 @@ class GuidedDropout:
             model: bare or inside PEFT and other wrappers; any head.
             on: ``model`` (its own dropouts), ``adapters`` (PEFT's, one rate a wrapped module), or ``auto``: adapters
                 where models of this family ship without dropout.
-            adapter: which adapter; None: the active one.
+            adapter: which adapter; None: the active one, of a stack the one on top.
             check: ``weights``: the backbone has to be the one that was measured; ``config``: one of the same shape.
             verify: run a small forward pass in training mode and compare the share that each dropout drops with its
                 rate. Leaves no trace in random state, modes or gradients.
@@ -217,9 +218,8 @@ class GuidedDropout:
         """
         found = find_sites(model)
         self.fingerprint.check(found.backbone, check)
-        has_adapters = any(hasattr(module, "base_layer") for module in found.backbone.modules())
-        if check_target(on, found.without_dropout, has_adapters) == "adapters":
-            blocks = adapter_sites(found.backbone, self.modules, adapter)
+        if check_target(on, found.without_dropout, has_adapters(found.backbone)) == "adapters":
+            blocks = adapter_sites(model, found.backbone, self.modules, adapter)
         else:
             blocks = list(found.blocks)
             _check_same_blocks(self.blocks, blocks)
