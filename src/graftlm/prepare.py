@@ -24,7 +24,7 @@ from graftlm.mixed_text import mixed
 from graftlm.new_tokens import extend_tokenizer
 from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
-from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
+from graftlm.recipe import LANGUAGE_MODELLING, MOST_TEXTS, Recipe, Source
 from graftlm.tasks import Encoded, Task, task_for
 from graftlm.trainer import make_trainer
 from graftlm.training.callback import ScheduledUnfreezing
@@ -334,13 +334,16 @@ def _dropout(
         rates = GuidedDropout.estimate(
             locate(recipe),
             (text if isinstance(text, str) else " ".join(text) for text in texts),
-            max_examples=chosen.max_examples,
+            max_examples=chosen.max_examples or MOST_TEXTS,
             max_length=recipe.training.max_length,
             seed=recipe.seed,
             progress=progress,
         )
-    options = chosen.model_dump(include={"upper", "lower", "mean", "linear_in", "within_type", "noise"})
-    rates = rates.using(chosen.schedule, seed=recipe.seed, **options)
+    keys = {"upper", "lower", "mean", "linear_in", "within_type", "noise"}
+    options = chosen.model_dump(include=keys, exclude_none=True)
+    if chosen.schedule is not None:
+        options["seed"] = recipe.seed  # of shuffled
+    rates = rates.using(chosen.schedule, **options)
     return rates, rates.apply(loaded.model, on=chosen.target)
 
 

@@ -16,6 +16,7 @@ from graftlm.evaluation.dropout_section import dropout_section
 from graftlm.training.dropout.fingerprint import Fingerprint
 from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.dropout.noise import GaussianDropout
+from graftlm.training.dropout.rates import Schedule
 from graftlm.training.dropout.sites import find_sites
 
 QUICK = {"progress": False, "check_head": False, "tolerance": 0.0}
@@ -359,6 +360,18 @@ def test_a_file_says_all_of_it(tmp_path):
         GuidedDropout.load(tmp_path / "none.json")
 
 
+def test_a_schedule_is_changed_and_not_begun_anew(tmp_path):
+    rates = estimate(lm("bert"))
+    chained = rates.using(upper=0.3).using("shuffled", seed=2)
+    assert chained.schedule == Schedule("shuffled", upper=0.3, seed=2)
+    assert sorted(chained.rates.values()) == pytest.approx([0.3 * i / 9 for i in range(10)])
+    loaded = GuidedDropout.load(chained.save(tmp_path / "rates.json"))
+    assert loaded.using(mean=0.2).schedule == Schedule("shuffled", upper=0.3, seed=2, mean=0.2)
+    assert loaded.using(mean=0.2).using("guided", mean=None).schedule == Schedule(upper=0.3, seed=2)
+    with pytest.raises(SetupError, match=r"uper(?s:.*)upper"):
+        rates.using(uper=0.3)
+
+
 def test_rates_come_back_after_save_and_load_of_the_model_only_when_applied(tmp_path):
     model, head = pair("bert")
     rates = estimate(model)
@@ -384,7 +397,7 @@ def test_gaussian_noise_in_training_only(architecture):
     torch.testing.assert_close(head.eval()(**tiny_batch(architecture)).logits, clean, rtol=1e-4, atol=1e-5)
     one, other = (head.train()(**tiny_batch(architecture)).logits for _ in range(2))
     assert not torch.allclose(one, other, atol=1e-3)
-    before = rates.using("guided").apply(head, on=on)  # and back
+    before = rates.using("guided", noise="bernoulli").apply(head, on=on)  # and back
     assert all(row.old == pytest.approx(0.3) for row in before.rows)
     assert not any(isinstance(module, GaussianDropout) for module in head.modules())
     assert head.config._attn_implementation in ("sdpa", "eager")

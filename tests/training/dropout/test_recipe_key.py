@@ -68,6 +68,26 @@ def test_rates_and_texts_from_files(folder):
     assert from_texts.relocated(folder / "runs").dropout.texts.path == "../more.jsonl"
 
 
+def test_a_file_keeps_its_schedule_unless_the_recipe_says_otherwise(folder):
+    """Through the resolved recipe too, which writes every key."""
+    measured = GuidedDropout.estimate(folder / "model", texts(30), progress=False, check_head=False)
+    measured.using(upper=0.5, lower=0.3).save(folder / "high.json")
+    options = ("training.max_steps=2", "data.dev=null", FULL)
+    rank = {row["block"]: row["rank"] for row in measured.rows()}["embeddings"]
+    for more, lowest, highest, place in (
+        ("", 0.3, 0.5, 9 - rank),
+        (", upper: 0.4", 0.3, 0.4, 9 - rank),
+        (", schedule: reversed", 0.3, 0.5, rank),
+    ):
+        recipe = small_recipe(folder, *options, f"dropout={{rates: high.json{more}}}")
+        (folder / "again.yaml").write_text(recipe.resolved())
+        for one in (recipe, load_recipe(folder / "again.yaml")):
+            found = rates_in(prepare(one, folder / "none", progress=False).trainer.model)
+            wanted = [lowest + (highest - lowest) * i / 9 for i in range(10)]
+            assert sorted(found.values()) == pytest.approx(wanted)
+            assert found["embeddings.dropout"] == pytest.approx(wanted[place])
+
+
 def test_lora_dropouts(folder):
     recipe = small_recipe(folder, "dropout={target: adapters}", "training.max_steps=2", "data.dev=null")
     model = prepare(recipe, folder / "none", progress=False).trainer.model
@@ -100,6 +120,7 @@ def test_a_model_without_its_head_stops_the_run_before_it_begins(tmp_path):
         ("dropout: random", "guided"),
         ("dropout: {upper: 1.5}", "upper"),
         ("dropout: {texts: {path: a.jsonl, splitt: b}}", "splitt"),
+        ("dropout: {rates: r.json, texts: a.jsonl, max_examples: 7}", "delete texts and max_examples, or rates"),
     ],
 )
 def test_mistakes_in_the_key(tmp_path, text, message):

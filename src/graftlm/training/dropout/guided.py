@@ -136,19 +136,25 @@ class GuidedDropout:
         fingerprint = Fingerprint.of(found.backbone, tensors)
         return cls(tensors, blocks, found.modules, fingerprint, task, settled, found.without_dropout)
 
-    def using(self, schedule: str = "guided", **options: Any) -> GuidedDropout:
-        """The same measurement under another schedule: a control's name, and the other fields of `Schedule`.
+    def using(self, schedule: str | None = None, **options: Any) -> GuidedDropout:
+        """The same measurement under another schedule.
+
+        Args:
+            schedule: ``guided`` or a control's name; None: as it is.
+            options: the other fields of `Schedule`; those that are left out stay as they are.
 
         Example:
             .. code-block:: python
 
                 rates.using("uniform")                        # the same mean everywhere
                 rates.using(linear_in="score", mean=0.1)      # linear in the score, at the usual mean
+                rates.using(upper=0.3).using("shuffled")      # from 0.3 to 0, in a random order
         """
         fields = {one.name for one in dataclasses.fields(Schedule)} - {"name"}
         if unknown := sorted(options.keys() - fields):
             raise SetupError("unknown option of guided dropout", found=", ".join(unknown), allowed=sorted(fields))
-        return dataclasses.replace(self, schedule=Schedule(schedule, **options))
+        name = self.schedule.name if schedule is None else schedule
+        return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, name=name, **options))
 
     def score(self, block: Block) -> float:
         """The unweighted mean over a block's tensors of each tensor's mean Fisher information."""
