@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from graftlm.errors import DataError, SetupError
-from graftlm.measure import likelihood
 from graftlm.measure.fisher import undisturbed
-from graftlm.measure.pretraining import example_losses
+from graftlm.measure.pretraining import model_losses
 from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.dropout.sites import backbone_of, canonical
 from graftlm.training.dropout.texts import pretraining_task, pretraining_windows
@@ -208,5 +207,4 @@ class _moved:
 
 
 def _mean_loss(model: nn.Module, task: str, inputs: Sequence[dict[str, Tensor]]) -> float:
-    losses = [example_losses(task, model(**likelihood.inputs(task, batch)), batch) for batch in inputs]
-    return float(torch.cat(losses).double().mean())
+    return float(torch.cat([model_losses(model, task, batch) for batch in inputs]).double().mean())
