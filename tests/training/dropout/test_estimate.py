@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from lms import fitted, lm, task_of, texts, tokenizer
-from tiny import ARCHITECTURES, MASK, tiny_model
+from tiny import ARCHITECTURES, tiny_model
 from torch import nn
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForPreTraining
 
 from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.training.dropout.guided import GuidedDropout
-from graftlm.training.dropout.heads import by_frequency, fresh_parameters
+from graftlm.training.dropout.heads import by_frequency, fresh_parameters, load_with_head
 from graftlm.training.dropout.rates import rank_error
 from graftlm.training.dropout.texts import batches
 
@@ -42,7 +42,7 @@ def one_by_one(model, task, some, seed=0, dtype=torch.float32):
     return {name: value / count for name, value in squares.items()}
 
 
-@pytest.mark.supports("Guided dropout", "rates from masked or causal LM")
+@pytest.mark.supports("Guided dropout", "rates from its pretraining loss")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "electra"])
 def test_scores_are_means_over_single_texts(architecture):
     """Tied embeddings, Conv1D, scaled embeddings, norms: all in one pass, dropout off though the model trains."""
@@ -71,6 +71,18 @@ def test_nothing_is_left_to_the_slow_loop(architecture, monkeypatch):
     some = [" ".join(["w1 w2 w3 w4 w5 w6 w7"] * 2) for _ in range(16)]
     GuidedDropout.estimate(lm(architecture), some, tokenizer=tokenizer(), batch_size=16, max_length=24, **QUICK)
     assert left == []
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert", "electra"])
+def test_logits_are_made_for_predicted_tokens_only(architecture):
+    """With a large vocabulary they are most of the memory. That the scores are right is tested above."""
+    model, seen = lm(architecture, num_layers=1), []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, __, output: seen.append(output.shape[:2]))
+    some = [" ".join(f"w{i}" for i in range(20))] * 3
+    GuidedDropout.estimate(model, some, tokenizer=tokenizer(), max_length=24, **QUICK)
+    assert seen == [(3, 3)]  # 15 % of 20
+    handle.remove()
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_the_result_does_not_depend_on_the_batch_size():
@@ -251,8 +263,21 @@ def test_what_cannot_be_measured_is_said():
         GuidedDropout.estimate(lm("bert"), ["", ""], **options)
     with pytest.raises(SetupError, match="tokenizer"):
         GuidedDropout.estimate(lm("bert"), texts(4))
-    with pytest.raises(SetupError, match="max_examples"):
-        GuidedDropout.estimate(lm("bert"), texts(4), max_examples=True, **options)
+    with pytest.raises(DataError, match="one text cannot show"):
+        GuidedDropout.estimate(lm("bert"), ["w1 w2", ""], **options)
+    for wrong in (
+        {"max_examples": True},
+        {"max_examples": 1},
+        {"batch_size": 0},
+        {"max_length": 3},
+        {"seed": -1},
+        {"seed": "a"},
+        {"tolerance": -1},
+        {"tolerance": float("nan")},
+        {"tolerance": "0.1"},
+    ):
+        with pytest.raises(SetupError, match=rf"{next(iter(wrong))} is (?s:.*)try: "):
+            GuidedDropout.estimate(lm("bert"), texts(4), **options | wrong)
     bare = tokenizer()
     bare.mask_token = None
     with pytest.raises(ModelError, match="mask token"):
@@ -261,5 +286,26 @@ def test_what_cannot_be_measured_is_said():
 
     with pytest.raises(ModelError, match="sentinels"):
         GuidedDropout.estimate(lm("t5"), texts(4), **options | {"tokenizer": tiny_tokenizer()})
-    assert isinstance(BertModel, type)
-    assert tokenizer().mask_token_id == MASK
+
+
+def test_weights_that_are_no_numbers_are_said_and_not_ranked():
+    """Also where the head is checked: NaN is not the loss of a fresh one."""
+    model = lm("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight[3, 1] = float("nan")
+    for check_head in (False, True):
+        with pytest.raises(ModelError, match=r"not a finite number(?s:.*)text \d+: loss nan(?s:.*)float32"):
+            GuidedDropout.estimate(model, texts(4), tokenizer=tokenizer(), **QUICK | {"check_head": check_head})
+
+
+def test_where_a_model_is_measured(tmp_path):
+    lm("bert", num_layers=1).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert load_with_head(tmp_path, device="meta")[0].device.type == "meta"
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load_with_head(tmp_path)[0].device.type == there
+    assert GuidedDropout.estimate(tmp_path, texts(4), device="cpu", **QUICK).settled.examples == 4
+    with pytest.raises(SetupError, match=r"no such device(?s:.*)'gpu'(?s:.*)cpu"):
+        GuidedDropout.estimate(tmp_path, texts(4), device="gpu", **QUICK)
+    with pytest.raises(SetupError, match=r"where it lies(?s:.*)model\.to\('cpu'\)"):
+        GuidedDropout.estimate(lm("bert"), texts(4), tokenizer=tokenizer(), device="cpu", **QUICK)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from graftlm.errors import DataError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.fisher import undisturbed
 from graftlm.measure.likelihood import IGNORED
 from graftlm.measure.pretraining import squared_gradients
@@ -74,6 +74,13 @@ def estimate_scores(
     progress: bool,
 ) -> tuple[dict[str, TensorScore], str, Settled]:
     """Scores of the named tensors, the task, and how the measurement ended; see `graftlm.GuidedDropout.estimate`."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise SetupError(
+            "tolerance is a share of the ranks' range",
+            found=repr(tolerance),
+            allowed="from 0 (use all texts) to below 1",
+            fix="tolerance=0.02",
+        )
     task = pretraining_task(model)
     by_name = {canonical(name): parameter for name, parameter in backbone.named_parameters()}
     parameters = {name: by_name[name] for name in names}
@@ -103,6 +110,7 @@ def estimate_scores(
                 losses, squares = squared_gradients(
                     model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
                 )
+                _check_finite(examples, losses, squares, list(parameters))
                 run.add(examples, losses, task)
                 rows.append(squares.numpy())
                 bar.update(len(examples))
@@ -116,6 +124,12 @@ def estimate_scores(
                     break
         if not rows:
             raise DataError("no text has anything to predict", found="texts", fix="give texts of two words and more")
+        if run.examples < 2:
+            raise DataError(
+                "one text cannot show how certain a ranking is",
+                found="1 text with anything to predict",
+                allowed="2 and more",
+            )
         run.check()
         if not early:
             error = rank_error(np.concatenate(rows) @ mixing)
@@ -127,9 +141,26 @@ def estimate_scores(
     return _scores(values, parameters), task, settled
 
 
+def _check_finite(
+    examples: Sequence[Example], losses: torch.Tensor, squares: torch.Tensor, names: Sequence[str]
+) -> None:
+    """NaN and infinity would be ranked like any number."""
+    broken = ~(losses.isfinite() & squares.isfinite().all(1))
+    if not broken.any():
+        return
+    row = int(broken.nonzero()[0])
+    bad = (~squares[row].isfinite()).nonzero()
+    where = f", squared gradient of {names[int(bad[0])]}: {float(squares[row][bad[0]])}" if len(bad) else ""
+    raise ModelError(
+        "the model's loss or its gradient is not a finite number",
+        found=f"text {examples[row].index}: loss {float(losses[row])}{where}",
+        allowed="weights without NaN, in a precision that holds the gradients",
+        fix="load the checkpoint again, in dtype=torch.float32",
+    )
+
+
 def _scores(values: np.ndarray, parameters: dict[str, nn.Parameter]) -> dict[str, TensorScore]:
-    examples = len(values)
-    spread = values.std(axis=0, ddof=1) / math.sqrt(examples) if examples > 1 else np.full(values.shape[1], math.inf)
+    spread = values.std(axis=0, ddof=1) / math.sqrt(len(values))
     return {
         name: TensorScore(float(values[:, i].mean()), float(spread[i]), parameters[name].numel())
         for i, name in enumerate(parameters)

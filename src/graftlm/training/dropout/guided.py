@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from graftlm.errors import DataError, ModelError, SetupError
@@ -89,6 +90,7 @@ class GuidedDropout:
         batch_size: int = 16,
         seed: int = 0,
         check_head: bool = True,
+        device: str | torch.device | None = None,
         progress: bool = True,
     ) -> GuidedDropout:
         """Measures a pretrained model on texts like those that it was pretrained on.
@@ -105,14 +107,24 @@ class GuidedDropout:
                 batches.
             seed: of masks and spans.
             check_head: refuse a head that predicts no better than word frequencies do.
+            device: where a model that is loaded by name is measured; None: a CUDA device if there is one, else the CPU.
+                A model in memory is measured where it lies.
             progress: whether a bar is shown.
 
         Raises:
-            ModelError: no language-model head, a freshly initialised one, or a layout of modules that is not known.
-            DataError: no text with something to predict.
+            ModelError: no language-model head, a freshly initialised one, a layout of modules that is not known, or a
+                gradient that is not finite.
+            DataError: fewer than two texts with something to predict.
+            SetupError: a number out of its range, or a device for a model that has one already.
         """
         if not isinstance(model, nn.Module):
-            model, tokenizer = load_with_head(model, tokenizer)
+            model, tokenizer = load_with_head(model, tokenizer, device)
+        elif device is not None:
+            raise SetupError(
+                "a model in memory is measured where it lies",
+                found=f"device={str(device)!r}",
+                fix=f"estimate(model.to({str(device)!r}), …) without device",
+            )
         if tokenizer is None:
             raise SetupError("the tokenizer is missing", fix="estimate(model, texts, tokenizer=tokenizer)")
         found = find_sites(model)
@@ -242,7 +254,7 @@ class GuidedDropout:
         path = Path(path)
         values = self.as_dict() | ({"applied": dataclasses.asdict(applied)["rows"]} if applied else {})
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
 
