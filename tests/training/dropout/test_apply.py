@@ -9,7 +9,7 @@ from lms import ADAPTED, NATIVE, classifier, lm, pair, texts, tokenizer
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 from torch import nn
-from transformers import AttentionInterface, AutoModelForMaskedLM
+from transformers import AttentionInterface, AutoModelForMaskedLM, T5EncoderModel, T5ForTokenClassification
 
 from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.evaluation.dropout_section import dropout_section
@@ -314,14 +314,45 @@ def test_another_model_is_refused(tmp_path):
         rates.apply(classifier("bert", seed=1))
     rates.apply(classifier("bert", seed=1), check="config")
     rates.apply(copy.deepcopy(head).bfloat16())  # rounding is no other model
-    longer = copy.deepcopy(head)
-    longer.resize_token_embeddings(100)
-    with pytest.raises(ModelError, match="another model"):
-        rates.apply(longer)
     with pytest.raises(SetupError, match="check"):
         rates.apply(head, check="none")
     with pytest.raises(SetupError, match="place"):
         rates.apply(head, on="everything")
+
+
+def test_tokens_that_were_added_make_no_other_model():
+    model, head = pair("bert")
+    rates = estimate(model)
+    longer = copy.deepcopy(head)
+    longer.resize_token_embeddings(100)
+    assert len(rates.apply(longer).rows) == 10
+    with torch.no_grad():
+        longer.bert.embeddings.word_embeddings.weight[:96].normal_()
+    with pytest.raises(ModelError, match=r"other weights(?s:.*)word_embeddings"):
+        rates.apply(longer)
+    shorter = copy.deepcopy(head)
+    shorter.resize_token_embeddings(90)
+    with pytest.raises(ModelError, match=r"vocab_size: 90 \(measured: 96\)(?s:.*)check='config'"):
+        rates.apply(shorter)
+    assert len(rates.apply(shorter, check="config").rows) == 10
+
+
+@pytest.mark.parametrize("kind", [T5EncoderModel, T5ForTokenClassification])
+def test_an_encoder_takes_the_rates_of_its_encoder_decoder(kind):
+    """Ranked among its own blocks: from the highest rate to the lowest."""
+    model = lm("t5", num_layers=2)
+    rates = estimate(model)
+    head = kind(model.config)
+    with pytest.raises(ModelError, match="other weights"):
+        rates.apply(head)
+    backbone = find_sites(head).backbone
+    backbone.load_state_dict(model.state_dict(), strict=False)
+    applied = rates.apply(head)
+    assert {row.module: row.new for row in applied.rows} == dropouts_by_hand(backbone)
+    blocks = sorted((block for block in rates.blocks if "decoder" not in block.name), key=rates.score)
+    assert len(blocks) == 1 + 2 * 4
+    wanted = {block.name: 0.1 * (8 - i) / 8 for i, block in enumerate(blocks)}
+    assert {row.block: row.new for row in applied.rows} == pytest.approx(wanted)
 
 
 def test_one_changed_tensor_is_another_fingerprint():

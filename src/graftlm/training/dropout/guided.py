@@ -19,7 +19,7 @@ from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.training.dropout.adapter_sites import adapter_sites, has_adapters
 from graftlm.training.dropout.apply import Applied, check_target, set_rates
 from graftlm.training.dropout.estimate import Settled, TensorScore, estimate_scores
-from graftlm.training.dropout.fingerprint import Fingerprint
+from graftlm.training.dropout.fingerprint import Fingerprint, encoder_alone
 from graftlm.training.dropout.heads import load_with_head
 from graftlm.training.dropout.rates import Schedule, ranks
 from graftlm.training.dropout.sites import Block, find_sites
@@ -223,7 +223,9 @@ class GuidedDropout:
             on: ``model`` (its own dropouts), ``adapters`` (PEFT's, one rate a wrapped module), or ``auto``: adapters
                 where models of this family ship without dropout.
             adapter: which adapter; None: the active one, of a stack the one on top.
-            check: ``weights``: the backbone has to be the one that was measured; ``config``: one of the same shape.
+            check: ``weights``: the backbone has to be the one that was measured, tokens that were added since aside;
+                ``config``: one of the same shape, with any vocabulary. Of an encoder-decoder the encoder alone will do;
+                its blocks are then ranked among themselves.
             verify: run a small forward pass in training mode and compare the share that each dropout drops with its
                 rate. Leaves no trace in random state, modes or gradients.
 
@@ -240,7 +242,7 @@ class GuidedDropout:
             blocks = adapter_sites(model, found.backbone, self.modules, adapter)
         else:
             blocks = list(found.blocks)
-            _check_same_blocks(self.blocks, blocks)
+            _check_same_blocks(self.blocks, blocks, without_decoder=encoder_alone(found.backbone))
         scores = [self.score(block) for block in blocks]
         return set_rates(found.backbone, blocks, scores, self.rates_of(blocks), self.schedule.noise, verify)
 
@@ -302,8 +304,9 @@ def _blocks(rows: list[list[Any]]) -> tuple[Block, ...]:
     return tuple(Block(name, kind, tuple(tensors)) for name, kind, tensors in rows)
 
 
-def _check_same_blocks(measured: tuple[Block, ...], found: list[Block]) -> None:
-    known, there = {block.name for block in measured}, {block.name for block in found}
+def _check_same_blocks(measured: tuple[Block, ...], found: list[Block], *, without_decoder: bool) -> None:
+    known = {block.name for block in measured if not (without_decoder and block.name.startswith("decoder."))}
+    there = {block.name for block in found}
     if known != there:
         raise ModelError(
             "the model's blocks are not those that were measured",
