@@ -10,7 +10,13 @@ import torch
 from lms import fitted, lm, task_of, texts, tokenizer
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForPreTraining
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForPreTraining,
+    ElectraForPreTraining,
+)
 
 from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.training.dropout.guided import GuidedDropout
@@ -228,6 +234,34 @@ def test_a_whole_checkpoint_is_loaded_by_name(tmp_path):
     rates = GuidedDropout.estimate(tmp_path, LEARNABLE, progress=False)
     assert rates.fingerprint.name == tmp_path.name
     assert fresh_parameters(BertForMaskedLM.from_pretrained(tmp_path)) == []
+
+
+def test_a_minilm_without_its_head_is_measured_once_a_head_was_trained_on_it(tmp_path):
+    """MiniLM is a narrow BERT that is published without a head; its backbone has to stay as it is meanwhile."""
+    shape = {"num_layers": 6, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 96, "dropout": 0.1}
+    fitted(tiny_model("bert", "masked_lm", **shape), LEARNABLE).bert.save_pretrained(tmp_path / "minilm")
+    tokenizer().save_pretrained(tmp_path / "minilm")
+    with pytest.raises(ModelError, match=r"freshly initialised(?s:.*)cls\.predictions(?s:.*)train the head"):
+        GuidedDropout.estimate(tmp_path / "minilm", LEARNABLE, progress=False)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "minilm")
+    model.bert.requires_grad_(False)
+    fitted(model, LEARNABLE).save_pretrained(tmp_path / "with_head")
+    rates = GuidedDropout.estimate(tmp_path / "with_head", LEARNABLE, tokenizer=tokenizer(), progress=False)
+    assert len(rates.blocks) == 1 + 3 * 6
+    target = AutoModelForSequenceClassification.from_pretrained(tmp_path / "minilm", num_labels=3)
+    applied = rates.apply(target)  # the frozen backbone is that of the checkpoint without a head
+    assert sorted(row.new for row in applied.rows) == pytest.approx([0.1 * i / 18 for i in range(19)])
+
+
+def test_the_discriminator_of_electra_is_named(tmp_path):
+    config = lm("electra", num_layers=1).config
+    model = ElectraForPreTraining(config)
+    with pytest.raises(ModelError, match=r"discriminator(?s:.*)generator"):
+        GuidedDropout.estimate(model, texts(4), tokenizer=tokenizer(), **QUICK)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"discriminator(?s:.*)ElectraForPreTraining(?s:.*)generator"):
+        GuidedDropout.estimate(tmp_path, texts(4), **QUICK)
 
 
 def test_word_frequencies_against_a_loop():

@@ -15,6 +15,7 @@ from torch import nn
 from graftlm.architectures import describe
 from graftlm.errors import ModelError, SetupError
 from graftlm.training.dropout.sites import backbone_of
+from graftlm.training.dropout.texts import discriminator
 
 _AUTO = {
     "masked_lm": "AutoModelForMaskedLM",
@@ -58,6 +59,8 @@ def load_with_head(
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if missing and config.model_type == "electra" and "ElectraForMaskedLM" not in (config.architectures or ()):
+        raise discriminator(f"{name}: {', '.join(config.architectures or ['no generator head'])}")
     if missing:
         raise _fresh_head(name, missing)
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

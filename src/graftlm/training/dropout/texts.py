@@ -42,6 +42,8 @@ def pretraining_task(model: nn.Module) -> str:
         ModelError: the model has no language-model head.
     """
     names = [type(module).__name__ for module in model.modules()]
+    if "ElectraForPreTraining" in names:
+        raise discriminator("ElectraForPreTraining")
     if "BertForPreTraining" in names:  # its first output is that of the masked LM
         return "masked_lm"
     for name in names:
@@ -57,6 +59,16 @@ def pretraining_task(model: nn.Module) -> str:
 
 
 Batch = tuple[list[Example], dict[str, Tensor]]
+
+
+def discriminator(found: str) -> ModelError:
+    """ELECTRA's discriminator was pretrained to find replaced tokens, which is no language modelling."""
+    return ModelError(
+        "rates come from a language model's loss, and ELECTRA's discriminator has none: it finds replaced tokens",
+        found=found,
+        allowed="ELECTRA's generator (ElectraForMaskedLM), whose rates fit models on the generator's backbone only",
+        fix="a checkpoint whose name ends in -generator; or another encoder, such as BERT, RoBERTa or DistilBERT",
+    )
 
 
 def windows(
