@@ -44,7 +44,7 @@ class GuidedDropout:
     Attributes:
         tensors: what was measured, tensor by tensor; names start at the backbone.
         blocks: the model's own blocks.
-        modules: its linear layers, whose adapters can be guided.
+        modules: its linear layers; adapters on them, or on modules that hold some of them, can be guided.
         fingerprint: of the model that was measured.
         task: ``masked_lm``, ``causal_lm`` or ``seq2seq_lm`` (span corruption).
         settled: how the measurement ended: examples, tokens, loss, error of the ranking.
@@ -55,9 +55,9 @@ class GuidedDropout:
 
     Differs from the paper in: (1) modules are found by name and kind, on every supported family, where the release
     counts positions; (2) attention rates that are kept as numbers for SDPA and flash attention are set as well; (3) the
-    number of texts follows from the error of the ranking; (4) adapters of models that ship without dropout (Llama,
-    Gemma, Qwen) get one rate a wrapped module, ranked by the Fisher information of what it wraps: our extension; (5) in
-    families that norm *before* a sub-layer the norm belongs to no block.
+    number of texts follows from the error of the ranking; (4) adapters, above all on models that ship without dropout
+    (Llama, Gemma, Qwen), get one rate a wrapped module, ranked by the Fisher information of the linear layers that it
+    wraps: our extension; (5) in families that norm *before* a sub-layer the norm belongs to no block.
 
     Example:
         .. code-block:: python
@@ -216,7 +216,8 @@ class GuidedDropout:
     ) -> Applied:
         """Sets the rates on a model with the same backbone, and measures them in a forward pass.
 
-        The rates live in the modules of `model`; a saved model does not keep them, so apply them again after loading.
+        The rates live in the modules of `model`; a saved model does not keep them, so apply them again after loading,
+        and inside ``model_init`` where a Trainer makes its own model.
 
         Args:
             model: bare or inside PEFT and other wrappers; any head.
