@@ -237,6 +237,11 @@ def is_dropout(module: object) -> bool:
     return isinstance(module, _DropoutNd)
 
 
+def in_kernel(site: Site) -> bool:
+    """Whether the mask is drawn in an attention's kernel, which only reads the rate."""
+    return site.watch is site.owner
+
+
 def _stacks(layers: tuple[Layer, ...]) -> list[str]:
     return list(dict.fromkeys(layer.stack for layer in layers))
 
