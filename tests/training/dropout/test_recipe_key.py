@@ -68,6 +68,19 @@ def test_rates_and_texts_from_files(folder):
     assert from_texts.relocated(folder / "runs").dropout.texts.path == "../more.jsonl"
 
 
+def test_a_run_measures_on_the_device_that_it_trains_on(folder, monkeypatch):
+    estimate, devices = GuidedDropout.estimate, []
+
+    def seen(*args, device, **kwargs):
+        devices.append(device)
+        return estimate(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(GuidedDropout, "estimate", seen)
+    recipe = small_recipe(folder, FULL, "dropout=guided", "training.max_steps=2", "data.dev=null", "name=device")
+    prepared = prepare(recipe, recipe.folder, progress=False)
+    assert devices == [prepared.trainer.args.device]
+
+
 def test_a_file_keeps_its_schedule_unless_the_recipe_says_otherwise(folder):
     """Through the resolved recipe too, which writes every key."""
     measured = GuidedDropout.estimate(folder / "model", texts(30), progress=False, check_head=False)
@@ -95,14 +108,31 @@ def test_lora_dropouts(folder):
     assert found == pytest.approx([0.1 * i / 5 for i in range(6)])
 
 
-def test_the_report_of_a_run_shows_the_adapters(folder):
+@pytest.mark.parametrize(
+    ("architecture", "query", "value"),
+    [("bert", "attention.self.query", "attention.self.value"), ("llama", "self_attn.q_proj", "self_attn.v_proj")],
+)
+def test_the_report_of_a_run_shows_the_adapters(folder, architecture, query, value):
+    if not (model := folder / f"model-{architecture}").exists():
+        save_language_model(model, [row["text"] for row in classification_rows(40, 0)], architecture)
     recipe = small_recipe(
-        folder, "dropout={target: adapters}", "training.max_steps=2", "data.dev=null", "name=adapters"
+        folder,
+        f"model=./{model.name}",
+        "dropout={target: adapters}",
+        "training.max_steps=2",
+        "data.dev=null",
+        f"name={architecture}",
     )
     run_recipe(recipe, progress=False)
+    applied = json.loads((recipe.folder / "dropout.json").read_text())["applied"]
+    assert [row["new"] for row in sorted(applied, key=lambda row: row["score"])] == pytest.approx(
+        [0.1 * i / 5 for i in range(5, -1, -1)]
+    )
     page = (recipe.folder / "report.html").read_text()
     assert "6 blocks; the measured rate" in page
-    assert page.count("attention.self.value</bdi>") == page.count("attention.self.query</bdi>") == 3
+    for row in applied:
+        assert f"{row['block']}</bdi></th><td>{row['score']:.2e}</td><td>{row['rank']}</td><td>{row['new']:.4f}" in page
+    assert page.count(f"{query}</bdi>") == page.count(f"{value}</bdi>") == 3
     assert "ffn_output" not in page
 
 

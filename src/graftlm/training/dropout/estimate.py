@@ -129,6 +129,7 @@ def estimate_scores(
                 "one text cannot show how certain a ranking is",
                 found="1 text with anything to predict",
                 allowed="2 and more",
+                fix="give two texts of two words and more",
             )
         run.check()
         if not early:
