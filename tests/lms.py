@@ -67,9 +67,9 @@ def fitted(model, some, task="masked_lm", steps=60):
     return model
 
 
-def save_language_model(folder: Path, some: list[str], **config) -> Path:
-    """A tiny BERT that was trained on `some` texts, with its masked-LM head and tokenizer."""
-    fitted(lm("bert", dropout=0.0, **config), some).save_pretrained(folder)
+def save_language_model(folder: Path, some: list[str], architecture: str = "bert", **config) -> Path:
+    """A tiny model that was trained on `some` texts, with its language-model head and tokenizer."""
+    fitted(lm(architecture, dropout=0.0, **config), some, task_of(architecture)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -141,6 +141,7 @@ def _with_neutral_residues(
         original_share=recipe.mixing.share if recipe.mixing and recipe.mixing.share else None,
         penalty_through_input=chosen.penalty_through_input,
         initialisation=chosen.initialisation,
+        dropout=chosen.dropout,
         sparse_inference=chosen.sparse_inference,
         trainable_token_indices=rows,
         modules_to_save=list(fresh) or None,

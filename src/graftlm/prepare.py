@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
@@ -24,7 +25,7 @@ from graftlm.mixed_text import mixed
 from graftlm.new_tokens import extend_tokenizer
 from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
-from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
+from graftlm.recipe import LANGUAGE_MODELLING, MOST_TEXTS, Recipe, Source
 from graftlm.tasks import Encoded, Task, task_for
 from graftlm.trainer import make_trainer
 from graftlm.training.callback import ScheduledUnfreezing
@@ -147,7 +148,7 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     task.source_encoder = source_encoder.encoder_of(loaded.model)
     for split in splits.test.values():
         task.check_split(split, tokenizer, recipe.training)
-    dropout = _dropout(recipe, folder, loaded, splits, progress=progress)
+    dropout = _dropout(recipe, folder, loaded, splits, arguments.device, progress=progress)
     with arguments.main_process_first(local=False):  # one process writes a cache, the others read it
         if recipe.adapter.source_cache:
             loaded.model.to(arguments.device)
@@ -319,7 +320,7 @@ def planned_steps(arguments: TrainingArguments, examples: int) -> int:
 
 
 def _dropout(
-    recipe: Recipe, folder: Path, loaded: Loaded, splits: Splits, *, progress: bool
+    recipe: Recipe, folder: Path, loaded: Loaded, splits: Splits, device: torch.device, *, progress: bool
 ) -> tuple[GuidedDropout, Applied] | None:
     """Sets the recipe's dropout rates on the model; what they are measured on is read first, where it has to be."""
     chosen = recipe.dropout
@@ -334,13 +335,18 @@ def _dropout(
         rates = GuidedDropout.estimate(
             locate(recipe),
             (text if isinstance(text, str) else " ".join(text) for text in texts),
-            max_examples=chosen.max_examples,
+            max_examples=chosen.max_examples or MOST_TEXTS,
             max_length=recipe.training.max_length,
             seed=recipe.seed,
+            device=device,
             progress=progress,
         )
-    options = chosen.model_dump(include={"upper", "lower", "mean", "linear_in", "within_type", "noise"})
-    rates = rates.using(chosen.schedule, seed=recipe.seed, **options)
+    [rates] = broadcast_object_list([rates])  # devices may differ in the last digit, and so in a rank
+    keys = {"upper", "lower", "mean", "linear_in", "within_type", "noise"}
+    options = chosen.model_dump(include=keys, exclude_none=True)
+    if chosen.schedule is not None:
+        options["seed"] = recipe.seed  # of shuffled
+    rates = rates.using(chosen.schedule, **options)
     return rates, rates.apply(loaded.model, on=chosen.target)
 
 

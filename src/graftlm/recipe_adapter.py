@@ -104,6 +104,7 @@ _KEYS = {
         "penalty_weight",
         "penalty_through_input",
         "initialisation",
+        "dropout",
         "sparse_inference",
     ),
     "none": (),

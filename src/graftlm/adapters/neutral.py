@@ -35,13 +35,14 @@ class NeutralResidues(PenalisedLayer):
     """
 
     adapter_layer_names = (_GATE, _GLU, _IN, _OUT)
-    other_param_names = ("neutral_residues_activation", "neutral_residues_configs")
+    other_param_names = ("neutral_residues_activation", "neutral_residues_dropout", "neutral_residues_configs")
 
     def __init__(self, place: Sublayer, base_layer: nn.Module, domains: Domains):
         super().__init__(base_layer)
         for role in self.adapter_layer_names:
             setattr(self, role, nn.ModuleDict())
         self.neutral_residues_activation = nn.ModuleDict()
+        self.neutral_residues_dropout = nn.ModuleDict()
         self.neutral_residues_configs: dict[str, NeutralResiduesConfig] = {}
         self.place, self.stack, self._domains = place.name, place.layer.stack, domains
         self.watcher: Callable[[NeutralResidues, Tensor | None, Tensor], None] | None = None
@@ -64,6 +65,7 @@ class NeutralResidues(PenalisedLayer):
         for role, shape in new.items():
             getattr(self, role)[adapter] = _matrix(*shape)
         self.neutral_residues_activation[adapter] = ACT2FN[config.activation]
+        self.neutral_residues_dropout[adapter] = nn.Dropout(config.dropout)
         self.neutral_residues_configs[adapter] = config
         self._move_adapter_to_device_of_base_layer(adapter)
 
@@ -100,9 +102,9 @@ class NeutralResidues(PenalisedLayer):
     def _residue(self, x: Tensor) -> Tensor:
         call = self._domains.running if self.training and self.trains else None
         *below, top = self.active_here
-        total = self._block(top, x, call)
+        total = self.neutral_residues_dropout[top](self._block(top, x, call))
         for adapter in below:
-            total = total + self._block(adapter, x, None)
+            total = total + self.neutral_residues_dropout[adapter](self._block(adapter, x, None))
         return total
 
     def _block(self, adapter: str, x: Tensor, call: Call | None) -> Tensor:

@@ -58,6 +58,7 @@ class NeutralResiduesConfig(PeftConfig):
             is computed a second time in training.
         initialisation: of w, W_g and W_i: ``low_variance``, 1 / (d·L) with L layers, or ``he``, 2 / d.
         activation: of the GLU block, a name of transformers' ``ACT2FN``.
+        dropout: probability with which entries of the residue r are dropped in training; the penalty is on r before it.
         sparse_inference: in evaluation mode compute the block of tokens with an open ReLU gate only; the same within
             rounding. It can be switched at any time, ``model.peft_config["default"].sparse_inference = True``.
         layers_to_transform, exclude_modules, modules_to_save: see `graftlm.BottleneckConfig`.
@@ -74,7 +75,8 @@ class NeutralResiduesConfig(PeftConfig):
     version).
 
     Differs from the paper in: no code was released, so that one scalar gate a token and layer, the place of the
-    penalty (r), the missing biases, and p·N in place of the counted original-domain tokens are our reading.
+    penalty (r), the missing biases, and p·N in place of the counted original-domain tokens are our reading; dropout is
+    ours, and off.
 
     Example:
         >>> from peft import get_peft_model
@@ -101,6 +103,7 @@ class NeutralResiduesConfig(PeftConfig):
     penalty_through_input: bool = True
     initialisation: str = "low_variance"
     activation: str = "silu"
+    dropout: float = 0.0
     sparse_inference: bool = False
     layers_to_transform: list[int] | int | None = None
     exclude_modules: list[str] | str | None = None
@@ -142,6 +145,7 @@ class NeutralResiduesConfig(PeftConfig):
             )
         _number("added_parameters", self.added_parameters, "a number above 0", lambda x: x > 0)
         _number("penalty_weight", self.penalty_weight, "0 or more", lambda x: x >= 0)
+        _number("dropout", self.dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
         if self.original_share is not None:
             _number("original_share", self.original_share, "above 0, up to 1; or None", lambda x: 0 < x <= 1)
 

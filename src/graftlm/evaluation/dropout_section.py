@@ -29,11 +29,10 @@ def dropout_section(folder: Path) -> dict[str, Any]:
         _read(folder / RATES, "graftlm.guided_dropout/1"),
         _read(folder / LANDSCAPE, "graftlm.loss_landscape/1"),
     )
+    rows = _rows(rates, folder / RATES) if rates else []
     return {
-        "dropout": _shown(rates) if rates else None,
-        "dropout_picture": both_widths(rates_picture(rates["rates"]), "dropout", _rates_label(rates["rates"]))
-        if rates
-        else None,
+        "dropout": _shown(rates, rows) if rates else None,
+        "dropout_picture": both_widths(rates_picture(rows), "dropout", _rates_label(rows)) if rates else None,
         "landscape": surface,
         "landscape_picture": both_widths(landscape_picture(surface), "landscape", _landscape_label(surface))
         if surface
@@ -53,26 +52,34 @@ def _read(path: Path, schema: str) -> dict[str, Any] | None:
     return values
 
 
-def _shown(values: dict[str, Any]) -> dict[str, Any]:
-    applied = {row["block"]: row for row in values.get("applied", [])}
-    rows = [
+def _rows(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """One a block: what was set on the model, or the rates of the file where nothing was."""
+    applied = values.get("applied")
+    if not applied:
+        return values["rates"]
+    if "kind" not in applied[0]:
+        raise DataError(
+            "rates without the type of their blocks, from before 0.1", found=path, fix="train the run again"
+        )
+    blocks = {row["block"]: {**row, "type": row["kind"], "rate": row["new"]} for row in applied}
+    return list(blocks.values())
+
+
+def _shown(values: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    shown = [
         {
             "block": row["block"],
             "score": f"{row['score']:.2e}",
             "rank": row["rank"],
-            "rate": f"{applied[row['block']]['new'] if row['block'] in applied else row['rate']:.4f}",
-            "measured": f"{applied[row['block']]['measured']:.4f}"
-            if row["block"] in applied and applied[row["block"]]["measured"] is not None
-            else "",
+            "rate": f"{row['rate']:.4f}",
+            "measured": "" if row.get("measured") is None else f"{row['measured']:.4f}",
         }
-        for row in values["rates"]
-        if not applied or row["block"] in applied
+        for row in rows
     ]
-    rates = [float(row["rate"]) for row in rows]
     return {
-        "rows": rows,
+        "rows": shown,
         "schedule": values["schedule"]["name"],
-        "mean": f"{np.mean(rates):.4f}",
+        "mean": f"{np.mean([row['rate'] for row in rows]):.4f}",
         "task": {"masked_lm": "masked LM", "causal_lm": "next token", "seq2seq_lm": "span corruption"}[values["task"]],
         "examples": values["settled"]["examples"],
         "error": f"{100 * values['settled']['rank_error']:.1f}",

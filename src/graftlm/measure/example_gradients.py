@@ -1,6 +1,6 @@
 """Squared norms of per-example gradients, from one forward and backward pass of the whole batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Shaped
@@ -178,6 +178,44 @@ class ExampleGradients:
 
         split = (self._examples, self._rows // self._examples)
         return torch.func.vmap(one)(x.reshape(*split, *x.shape[1:]), g.reshape(*split, *g.shape[1:]))
+
+
+def squared_norms(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    parameters: Sequence[nn.Parameter],
+    forward: Callable[[Mapping[str, Tensor], slice], tuple[Tensor, Iterable[Tensor]]],
+    *,
+    examples: int,
+    rows: int,
+) -> Float[Tensor, "examples parameters"]:
+    """Squared gradient norms in float64 on the CPU: in one pass, and example by example for what that cannot reach.
+
+    Args:
+        model: see `ExampleGradients`.
+        batch: tensors by name, examples first.
+        parameters: what is differentiated.
+        forward: (a batch, which examples of the whole one it holds) → outputs and the directions at them; the norms of
+            several directions are added.
+        examples: their number.
+        rows: see `ExampleGradients`.
+    """
+    columns = {parameter: column for column, parameter in enumerate(parameters)}
+    squares = torch.zeros(examples, len(columns), dtype=torch.float64)
+    with ExampleGradients(model, parameters, rows, examples) as recorder:
+        outputs, directions = forward(batch, slice(None))
+    for direction in directions:
+        for parameter, values in recorder.squared_norms(outputs, direction).items():
+            squares[:, columns[parameter]] += values.double().cpu()
+    for row in range(examples) if recorder.unseen else ():
+        one = slice(row, row + 1)
+        outputs, directions = forward({name: value[one] for name, value in batch.items()}, one)
+        for direction in directions:
+            gradients = torch.autograd.grad(outputs, recorder.unseen, direction, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(recorder.unseen, gradients, strict=True):
+                if gradient is not None:
+                    squares[row, columns[parameter]] += gradient.double().square().sum().cpu()
+    return squares
 
 
 def _linear_norms(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import SetupError
 from graftlm.measure import likelihood
-from graftlm.measure.example_gradients import ExampleGradients
+from graftlm.measure.example_gradients import squared_norms
 
 Groups = Mapping[str, Sequence[nn.Parameter]]
 
@@ -125,29 +125,16 @@ def fisher_trace(
 
 def _squared_norms(model, batch, groups: Groups, task: str, kind: str, keys) -> dict[str, Tensor]:
     """Squared gradient norms in float64, group name → tensor (examples,)."""
-    parameters = [parameter for group in groups.values() for parameter in group]
-    inputs = likelihood.inputs(task, batch)
-    rows = len(keys)
-    squares: dict[nn.Parameter, Tensor] = {p: torch.zeros(rows, dtype=torch.float64) for p in parameters}
 
-    with ExampleGradients(model, parameters, rows * likelihood.rows_per_example(task, batch), rows) as recorder:
-        prediction = likelihood.predict(task, model(**inputs), batch)
-    for direction in prediction.directions(kind, keys):
-        for parameter, values in recorder.squared_norms(prediction.logits, direction).items():
-            squares[parameter] += values.double().cpu()
+    def forward(part: Mapping[str, Tensor], which: slice):
+        prediction = likelihood.predict(task, model(**likelihood.inputs(task, part)), part)
+        return prediction.logits, prediction.directions(kind, keys[which])
 
-    if recorder.unseen:
-        for row, key in enumerate(keys):
-            single = {name: value[row : row + 1] for name, value in batch.items()}
-            prediction = likelihood.predict(task, model(**likelihood.inputs(task, single)), single)
-            for direction in prediction.directions(kind, [key]):
-                gradients = torch.autograd.grad(
-                    prediction.logits, recorder.unseen, direction, retain_graph=True, allow_unused=True
-                )
-                for parameter, gradient in zip(recorder.unseen, gradients, strict=True):
-                    if gradient is not None:
-                        squares[parameter][row] += gradient.double().square().sum().cpu()
-    return {name: torch.stack([squares[p] for p in group]).sum(0) for name, group in groups.items()}
+    parameters = list(dict.fromkeys(parameter for group in groups.values() for parameter in group))
+    rows = len(keys) * likelihood.rows_per_example(task, batch)
+    squares = squared_norms(model, batch, parameters, forward, examples=len(keys), rows=rows)
+    columns = {parameter: column for column, parameter in enumerate(parameters)}
+    return {name: squares[:, [columns[p] for p in group]].sum(1) for name, group in groups.items()}
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from lms import ADAPTED, NATIVE, classifier, lm, pair, texts, tokenizer
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, available, tiny_batch, tiny_model
 from torch import nn
-from transformers import AttentionInterface, AutoModelForMaskedLM
+from transformers import AttentionInterface, AutoModelForMaskedLM, T5EncoderModel, T5ForTokenClassification
 
 from graftlm.errors import DataError, ModelError, SetupError
+from graftlm.evaluation.dropout_section import dropout_section
 from graftlm.training.dropout.fingerprint import Fingerprint
 from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.dropout.noise import GaussianDropout
+from graftlm.training.dropout.rates import Schedule
 from graftlm.training.dropout.sites import find_sites
 
 QUICK = {"progress": False, "check_head": False, "tolerance": 0.0}
@@ -168,6 +170,36 @@ def test_adapters_of_models_without_dropout(architecture):
     assert {row.module.rpartition(".")[2] for row in attention.rows} == {"attention_dropout"}
 
 
+@pytest.mark.parametrize(("architecture", "targets"), [("bert", ["query"]), ("llama", ["q_proj", "v_proj"])])
+def test_the_report_shows_what_was_set_on_adapters(architecture, targets, tmp_path):
+    """Trap: the file's own rates are those of other blocks, ranked among themselves."""
+    model, head = pair(architecture, num_layers=2)
+    rates = estimate(model)
+    adapted = get_peft_model(head, LoraConfig(target_modules=targets, task_type="SEQ_CLS"))
+    rates.save(tmp_path / "dropout.json", rates.apply(adapted, on="adapters"))
+    names = [f"{n.split('.lora_dropout')[0]}" for n, _ in adapted.named_modules() if n.endswith("lora_dropout.default")]
+    scores = [rates.tensors[f"{name.split('.', 3)[3]}.weight"].score for name in names]
+    if architecture == "bert":
+        scores = [
+            (score + rates.tensors[f"{name.split('.', 3)[3]}.bias"].score) / 2
+            for name, score in zip(names, scores, strict=True)
+        ]
+    order = sorted(scores)
+    set_on = {n: m.p for n, m in adapted.named_modules() if n.endswith("lora_dropout.default")}
+    section = dropout_section(tmp_path)
+    assert len(section["dropout"]["rows"]) == len(names) == 2 * len(targets)
+    for row, name, score in zip(section["dropout"]["rows"], names, scores, strict=True):
+        assert name.endswith(row["block"])
+        assert row["rank"] == order.index(score)
+        assert float(row["score"]) == pytest.approx(score, rel=0.01)
+        assert float(row["rate"]) == pytest.approx(set_on[f"{name}.lora_dropout.default"], abs=1e-4)
+        assert float(row["measured"]) == pytest.approx(float(row["rate"]), abs=0.03)
+    assert section["dropout"]["mean"] == "0.0500"
+    for target in targets:
+        assert target in section["dropout_picture"]
+    assert "attention output" not in section["dropout_picture"]
+
+
 def test_adapters_on_a_model_with_dropout():
     model, head = pair("bert", num_layers=2)
     rates = estimate(model)
@@ -282,14 +314,45 @@ def test_another_model_is_refused(tmp_path):
         rates.apply(classifier("bert", seed=1))
     rates.apply(classifier("bert", seed=1), check="config")
     rates.apply(copy.deepcopy(head).bfloat16())  # rounding is no other model
-    longer = copy.deepcopy(head)
-    longer.resize_token_embeddings(100)
-    with pytest.raises(ModelError, match="another model"):
-        rates.apply(longer)
     with pytest.raises(SetupError, match="check"):
         rates.apply(head, check="none")
     with pytest.raises(SetupError, match="place"):
         rates.apply(head, on="everything")
+
+
+def test_tokens_that_were_added_make_no_other_model():
+    model, head = pair("bert")
+    rates = estimate(model)
+    longer = copy.deepcopy(head)
+    longer.resize_token_embeddings(100)
+    assert len(rates.apply(longer).rows) == 10
+    with torch.no_grad():
+        longer.bert.embeddings.word_embeddings.weight[:96].normal_()
+    with pytest.raises(ModelError, match=r"other weights(?s:.*)word_embeddings"):
+        rates.apply(longer)
+    shorter = copy.deepcopy(head)
+    shorter.resize_token_embeddings(90)
+    with pytest.raises(ModelError, match=r"vocab_size: 90 \(measured: 96\)(?s:.*)check='config'"):
+        rates.apply(shorter)
+    assert len(rates.apply(shorter, check="config").rows) == 10
+
+
+@pytest.mark.parametrize("kind", [T5EncoderModel, T5ForTokenClassification])
+def test_an_encoder_takes_the_rates_of_its_encoder_decoder(kind):
+    """Ranked among its own blocks: from the highest rate to the lowest."""
+    model = lm("t5", num_layers=2)
+    rates = estimate(model)
+    head = kind(model.config)
+    with pytest.raises(ModelError, match="other weights"):
+        rates.apply(head)
+    backbone = find_sites(head).backbone
+    backbone.load_state_dict(model.state_dict(), strict=False)
+    applied = rates.apply(head)
+    assert {row.module: row.new for row in applied.rows} == dropouts_by_hand(backbone)
+    blocks = sorted((block for block in rates.blocks if "decoder" not in block.name), key=rates.score)
+    assert len(blocks) == 1 + 2 * 4
+    wanted = {block.name: 0.1 * (8 - i) / 8 for i, block in enumerate(blocks)}
+    assert {row.block: row.new for row in applied.rows} == pytest.approx(wanted)
 
 
 def test_one_changed_tensor_is_another_fingerprint():
@@ -328,6 +391,18 @@ def test_a_file_says_all_of_it(tmp_path):
         GuidedDropout.load(tmp_path / "none.json")
 
 
+def test_a_schedule_is_changed_and_not_begun_anew(tmp_path):
+    rates = estimate(lm("bert"))
+    chained = rates.using(upper=0.3).using("shuffled", seed=2)
+    assert chained.schedule == Schedule("shuffled", upper=0.3, seed=2)
+    assert sorted(chained.rates.values()) == pytest.approx([0.3 * i / 9 for i in range(10)])
+    loaded = GuidedDropout.load(chained.save(tmp_path / "rates.json"))
+    assert loaded.using(mean=0.2).schedule == Schedule("shuffled", upper=0.3, seed=2, mean=0.2)
+    assert loaded.using(mean=0.2).using("guided", mean=None).schedule == Schedule(upper=0.3, seed=2)
+    with pytest.raises(SetupError, match=r"uper(?s:.*)upper"):
+        rates.using(uper=0.3)
+
+
 def test_rates_come_back_after_save_and_load_of_the_model_only_when_applied(tmp_path):
     model, head = pair("bert")
     rates = estimate(model)
@@ -353,7 +428,7 @@ def test_gaussian_noise_in_training_only(architecture):
     torch.testing.assert_close(head.eval()(**tiny_batch(architecture)).logits, clean, rtol=1e-4, atol=1e-5)
     one, other = (head.train()(**tiny_batch(architecture)).logits for _ in range(2))
     assert not torch.allclose(one, other, atol=1e-3)
-    before = rates.using("guided").apply(head, on=on)  # and back
+    before = rates.using("guided", noise="bernoulli").apply(head, on=on)  # and back
     assert all(row.old == pytest.approx(0.3) for row in before.rows)
     assert not any(isinstance(module, GaussianDropout) for module in head.modules())
     assert head.config._attn_implementation in ("sdpa", "eager")

@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 from lms import fitted, lm, task_of, texts, tokenizer
-from tiny import ARCHITECTURES, MASK, tiny_model
+from tiny import ARCHITECTURES, tiny_model
 from torch import nn
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForPreTraining,
+    ElectraForPreTraining,
+)
 
 from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.training.dropout.guided import GuidedDropout
-from graftlm.training.dropout.heads import by_frequency, fresh_parameters
+from graftlm.training.dropout.heads import by_frequency, fresh_parameters, load_with_head
 from graftlm.training.dropout.rates import rank_error
 from graftlm.training.dropout.texts import batches
 
@@ -42,7 +48,7 @@ def one_by_one(model, task, some, seed=0, dtype=torch.float32):
     return {name: value / count for name, value in squares.items()}
 
 
-@pytest.mark.supports("Guided dropout", "rates from masked or causal LM")
+@pytest.mark.supports("Guided dropout", "rates from its pretraining loss")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "electra"])
 def test_scores_are_means_over_single_texts(architecture):
     """Tied embeddings, Conv1D, scaled embeddings, norms: all in one pass, dropout off though the model trains."""
@@ -71,6 +77,18 @@ def test_nothing_is_left_to_the_slow_loop(architecture, monkeypatch):
     some = [" ".join(["w1 w2 w3 w4 w5 w6 w7"] * 2) for _ in range(16)]
     GuidedDropout.estimate(lm(architecture), some, tokenizer=tokenizer(), batch_size=16, max_length=24, **QUICK)
     assert left == []
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert", "electra"])
+def test_logits_are_made_for_predicted_tokens_only(architecture):
+    """With a large vocabulary they are most of the memory. That the scores are right is tested above."""
+    model, seen = lm(architecture, num_layers=1), []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, __, output: seen.append(output.shape[:2]))
+    some = [" ".join(f"w{i}" for i in range(20))] * 3
+    GuidedDropout.estimate(model, some, tokenizer=tokenizer(), max_length=24, **QUICK)
+    assert seen == [(3, 3)]  # 15 % of 20
+    handle.remove()
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_the_result_does_not_depend_on_the_batch_size():
@@ -128,6 +146,24 @@ def test_texts_are_streamed_and_the_estimate_stops_early():
     assert not GuidedDropout.estimate(lm("bert"), texts(70), tolerance=0.0, **options).settled.early
     some = GuidedDropout.estimate(lm("bert"), texts(70), max_examples=21, tolerance=0.0, **options)
     assert some.settled.examples == 21
+
+
+HALF_AND_HALF = [" ".join(f"w{(7 * i + j) % 60}" for j in range(2 if i % 2 else 20)) for i in range(400)]
+
+
+@pytest.mark.parametrize("stop", [{"max_examples": 50}, {"tolerance": 0.2}], ids=["counted", "settled"])
+def test_a_stop_takes_texts_as_they_come_and_not_the_shortest(stop):
+    """Trap: texts are sorted by length a window, so that a stop inside one would see its short texts alone."""
+    model = lm("bert", num_layers=1)
+    rates = GuidedDropout.estimate(
+        model, HALF_AND_HALF, tokenizer=tokenizer(), max_length=24, **QUICK | {"batch_size": 16} | stop
+    )
+    used = rates.settled.examples
+    assert used < len(HALF_AND_HALF)
+    assert rates.settled.early == ("tolerance" in stop)
+    wanted = one_by_one(model, "masked_lm", HALF_AND_HALF[:used])
+    for name, found in rates.tensors.items():
+        assert found.score == pytest.approx(wanted[name], rel=1e-4), name
 
 
 def test_the_rank_error_is_the_spread_of_ranks_over_repeated_samples():
@@ -200,6 +236,34 @@ def test_a_whole_checkpoint_is_loaded_by_name(tmp_path):
     assert fresh_parameters(BertForMaskedLM.from_pretrained(tmp_path)) == []
 
 
+def test_a_minilm_without_its_head_is_measured_once_a_head_was_trained_on_it(tmp_path):
+    """MiniLM is a narrow BERT that is published without a head; its backbone has to stay as it is meanwhile."""
+    shape = {"num_layers": 6, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 96, "dropout": 0.1}
+    fitted(tiny_model("bert", "masked_lm", **shape), LEARNABLE).bert.save_pretrained(tmp_path / "minilm")
+    tokenizer().save_pretrained(tmp_path / "minilm")
+    with pytest.raises(ModelError, match=r"freshly initialised(?s:.*)cls\.predictions(?s:.*)train the head"):
+        GuidedDropout.estimate(tmp_path / "minilm", LEARNABLE, progress=False)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "minilm")
+    model.bert.requires_grad_(False)
+    fitted(model, LEARNABLE).save_pretrained(tmp_path / "with_head")
+    rates = GuidedDropout.estimate(tmp_path / "with_head", LEARNABLE, tokenizer=tokenizer(), progress=False)
+    assert len(rates.blocks) == 1 + 3 * 6
+    target = AutoModelForSequenceClassification.from_pretrained(tmp_path / "minilm", num_labels=3)
+    applied = rates.apply(target)  # the frozen backbone is that of the checkpoint without a head
+    assert sorted(row.new for row in applied.rows) == pytest.approx([0.1 * i / 18 for i in range(19)])
+
+
+def test_the_discriminator_of_electra_is_named(tmp_path):
+    config = lm("electra", num_layers=1).config
+    model = ElectraForPreTraining(config)
+    with pytest.raises(ModelError, match=r"discriminator(?s:.*)generator"):
+        GuidedDropout.estimate(model, texts(4), tokenizer=tokenizer(), **QUICK)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"discriminator(?s:.*)ElectraForPreTraining(?s:.*)generator"):
+        GuidedDropout.estimate(tmp_path, texts(4), **QUICK)
+
+
 def test_word_frequencies_against_a_loop():
     text, targets = Counter({7: 5, 8: 3, 9: 1}), Counter({7: 2, 9: 1})
     total = 0.0
@@ -233,8 +297,21 @@ def test_what_cannot_be_measured_is_said():
         GuidedDropout.estimate(lm("bert"), ["", ""], **options)
     with pytest.raises(SetupError, match="tokenizer"):
         GuidedDropout.estimate(lm("bert"), texts(4))
-    with pytest.raises(SetupError, match="max_examples"):
-        GuidedDropout.estimate(lm("bert"), texts(4), max_examples=True, **options)
+    with pytest.raises(DataError, match="one text cannot show"):
+        GuidedDropout.estimate(lm("bert"), ["w1 w2", ""], **options)
+    for wrong in (
+        {"max_examples": True},
+        {"max_examples": 1},
+        {"batch_size": 0},
+        {"max_length": 3},
+        {"seed": -1},
+        {"seed": "a"},
+        {"tolerance": -1},
+        {"tolerance": float("nan")},
+        {"tolerance": "0.1"},
+    ):
+        with pytest.raises(SetupError, match=rf"{next(iter(wrong))} is (?s:.*)try: "):
+            GuidedDropout.estimate(lm("bert"), texts(4), **options | wrong)
     bare = tokenizer()
     bare.mask_token = None
     with pytest.raises(ModelError, match="mask token"):
@@ -243,5 +320,26 @@ def test_what_cannot_be_measured_is_said():
 
     with pytest.raises(ModelError, match="sentinels"):
         GuidedDropout.estimate(lm("t5"), texts(4), **options | {"tokenizer": tiny_tokenizer()})
-    assert isinstance(BertModel, type)
-    assert tokenizer().mask_token_id == MASK
+
+
+def test_weights_that_are_no_numbers_are_said_and_not_ranked():
+    """Also where the head is checked: NaN is not the loss of a fresh one."""
+    model = lm("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight[3, 1] = float("nan")
+    for check_head in (False, True):
+        with pytest.raises(ModelError, match=r"not a finite number(?s:.*)text \d+: loss nan(?s:.*)float32"):
+            GuidedDropout.estimate(model, texts(4), tokenizer=tokenizer(), **QUICK | {"check_head": check_head})
+
+
+def test_where_a_model_is_measured(tmp_path):
+    lm("bert", num_layers=1).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert load_with_head(tmp_path, device="meta")[0].device.type == "meta"
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    assert load_with_head(tmp_path)[0].device.type == there
+    assert GuidedDropout.estimate(tmp_path, texts(4), device="cpu", **QUICK).settled.examples == 4
+    with pytest.raises(SetupError, match=r"no such device(?s:.*)'gpu'(?s:.*)cpu"):
+        GuidedDropout.estimate(tmp_path, texts(4), device="gpu", **QUICK)
+    with pytest.raises(SetupError, match=r"where it lies(?s:.*)model\.to\('cpu'\)"):
+        GuidedDropout.estimate(lm("bert"), texts(4), tokenizer=tokenizer(), device="cpu", **QUICK)

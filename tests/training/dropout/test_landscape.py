@@ -95,6 +95,25 @@ def test_the_confound_of_the_paper_and_the_fair_halves(measured):
     assert paper.moved["all"] == fair.moved["all"] == fair.moved["top"] + fair.moved["bottom"]
 
 
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
+def test_long_texts_are_cut_at_the_positions_of_the_model(architecture):
+    """Trap: what the estimate can read, the surface has to read too. 500 words, 64 positions."""
+    model, long = lm(architecture, num_layers=1), [" ".join(f"w{i % 60}" for i in range(500))] * 3
+    how = {"tokenizer": tokenizer(), "progress": False, "max_length": 600}
+    rates = GuidedDropout.estimate(model, long, check_head=False, tolerance=0.0, **how)
+    found = loss_landscape(model, long, rates, points=3, **how)
+    assert found.losses["all"][1][1] == pytest.approx(rates.settled.loss, rel=1e-5)  # texts of one length
+
+
+def test_max_examples_takes_the_first_texts(measured):
+    model, rates = measured
+    cut, few = (
+        surface(model, rates, max_examples=2),
+        loss_landscape(model, SOME[:2], rates, tokenizer=tokenizer(), points=3, progress=False),
+    )
+    assert (cut.examples, cut.losses) == (2, few.losses)
+
+
 def test_the_model_is_left_as_it_was(measured):
     model, rates = measured
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

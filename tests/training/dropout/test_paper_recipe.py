@@ -43,5 +43,6 @@ def test_the_paper_recipe_runs(tmp_path):
     assert max(row["new"] for row in written["applied"]) == pytest.approx(0.1)
     values = recipe.values()
     assert (values["training"]["epochs"], values["training"]["batch_size"]) == (3.0, 18)
-    assert values["dropout"]["linear_in"] == "rank"
-    assert (values["dropout"]["upper"], values["dropout"]["lower"]) == (0.1, 0.0)
+    schedule = written["schedule"]
+    assert (schedule["name"], schedule["linear_in"]) == ("guided", "rank")
+    assert (schedule["upper"], schedule["lower"], schedule["mean"]) == (0.1, 0.0, None)

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from lms import lm, save_language_model, texts, tokenizer
+from lms import save_language_model, texts, tokenizer
 from small import classification_rows, small_folder, small_recipe
 from torch import nn
 from transformers import BertForMaskedLM
@@ -69,11 +68,72 @@ def test_rates_and_texts_from_files(folder):
     assert from_texts.relocated(folder / "runs").dropout.texts.path == "../more.jsonl"
 
 
+def test_a_run_measures_on_the_device_that_it_trains_on(folder, monkeypatch):
+    estimate, devices = GuidedDropout.estimate, []
+
+    def seen(*args, device, **kwargs):
+        devices.append(device)
+        return estimate(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(GuidedDropout, "estimate", seen)
+    recipe = small_recipe(folder, FULL, "dropout=guided", "training.max_steps=2", "data.dev=null", "name=device")
+    prepared = prepare(recipe, recipe.folder, progress=False)
+    assert devices == [prepared.trainer.args.device]
+
+
+def test_a_file_keeps_its_schedule_unless_the_recipe_says_otherwise(folder):
+    """Through the resolved recipe too, which writes every key."""
+    measured = GuidedDropout.estimate(folder / "model", texts(30), progress=False, check_head=False)
+    measured.using(upper=0.5, lower=0.3).save(folder / "high.json")
+    options = ("training.max_steps=2", "data.dev=null", FULL)
+    rank = {row["block"]: row["rank"] for row in measured.rows()}["embeddings"]
+    for more, lowest, highest, place in (
+        ("", 0.3, 0.5, 9 - rank),
+        (", upper: 0.4", 0.3, 0.4, 9 - rank),
+        (", schedule: reversed", 0.3, 0.5, rank),
+    ):
+        recipe = small_recipe(folder, *options, f"dropout={{rates: high.json{more}}}")
+        (folder / "again.yaml").write_text(recipe.resolved())
+        for one in (recipe, load_recipe(folder / "again.yaml")):
+            found = rates_in(prepare(one, folder / "none", progress=False).trainer.model)
+            wanted = [lowest + (highest - lowest) * i / 9 for i in range(10)]
+            assert sorted(found.values()) == pytest.approx(wanted)
+            assert found["embeddings.dropout"] == pytest.approx(wanted[place])
+
+
 def test_lora_dropouts(folder):
     recipe = small_recipe(folder, "dropout={target: adapters}", "training.max_steps=2", "data.dev=null")
     model = prepare(recipe, folder / "none", progress=False).trainer.model
     found = sorted(m.p for n, m in model.named_modules() if "lora_dropout." in n)
     assert found == pytest.approx([0.1 * i / 5 for i in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "query", "value"),
+    [("bert", "attention.self.query", "attention.self.value"), ("llama", "self_attn.q_proj", "self_attn.v_proj")],
+)
+def test_the_report_of_a_run_shows_the_adapters(folder, architecture, query, value):
+    if not (model := folder / f"model-{architecture}").exists():
+        save_language_model(model, [row["text"] for row in classification_rows(40, 0)], architecture)
+    recipe = small_recipe(
+        folder,
+        f"model=./{model.name}",
+        "dropout={target: adapters}",
+        "training.max_steps=2",
+        "data.dev=null",
+        f"name={architecture}",
+    )
+    run_recipe(recipe, progress=False)
+    applied = json.loads((recipe.folder / "dropout.json").read_text())["applied"]
+    assert [row["new"] for row in sorted(applied, key=lambda row: row["score"])] == pytest.approx(
+        [0.1 * i / 5 for i in range(5, -1, -1)]
+    )
+    page = (recipe.folder / "report.html").read_text()
+    assert "6 blocks; the measured rate" in page
+    for row in applied:
+        assert f"{row['block']}</bdi></th><td>{row['score']:.2e}</td><td>{row['rank']}</td><td>{row['new']:.4f}" in page
+    assert page.count(f"{query}</bdi>") == page.count(f"{value}</bdi>") == 3
+    assert "ffn_output" not in page
 
 
 def test_a_model_without_its_head_stops_the_run_before_it_begins(tmp_path):
@@ -90,6 +150,7 @@ def test_a_model_without_its_head_stops_the_run_before_it_begins(tmp_path):
         ("dropout: random", "guided"),
         ("dropout: {upper: 1.5}", "upper"),
         ("dropout: {texts: {path: a.jsonl, splitt: b}}", "splitt"),
+        ("dropout: {rates: r.json, texts: a.jsonl, max_examples: 7}", "delete texts and max_examples, or rates"),
     ],
 )
 def test_mistakes_in_the_key(tmp_path, text, message):
@@ -98,11 +159,6 @@ def test_mistakes_in_the_key(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(f"{RECIPE}{text}\n")
     with pytest.raises(RecipeError, match=rf"recipe\.yaml:\d+(?s:.*){message}"):
         load_recipe(tmp_path / "recipe.yaml")
-
-
-def test_the_tokenizer_of_the_tests_knows_its_words():
-    assert tokenizer().unk_token_id not in tokenizer()(" ".join(texts(20)))["input_ids"]
-    assert isinstance(lm("bert"), torch.nn.Module)
 
 
 def test_the_report_shows_rates_and_landscape(folder):

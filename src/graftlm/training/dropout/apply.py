@@ -1,33 +1,34 @@
-"""Sets dropout rates on a model, and measures that they are in force."""
+"""Sets dropout rates on a model, and makes sure that they are in force."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+import numpy as np
+from torch import nn
 
 from graftlm.errors import ModelError, SetupError
-from graftlm.training.dropout.noise import GaussianDropout, gaussian_noise, use_gaussian_attention, use_usual_attention
-from graftlm.training.dropout.sites import Block, Site, canonical, is_dropout
-
-_ROWS, _TOKENS = 8, 32
-_SIGMAS = 5.0
-_SEEN_THROUGH = ("eager", "sdpa")
+from graftlm.training.dropout.noise import ATTENTION, GaussianDropout, use_gaussian_attention, use_usual_attention
+from graftlm.training.dropout.rates import ranks
+from graftlm.training.dropout.sites import Block, Site, in_kernel, is_dropout
+from graftlm.training.dropout.verify import compare, measure
 
 
 @dataclass(frozen=True)
 class AppliedRate:
     """One dropout: where, what its rate was and is, and the share of elements that a forward pass dropped.
 
-    With Gaussian noise `measured` is the rate that has the variance found. None: not measured.
+    `kind`, `score` and `rank` (0 = least information) are those of its block among all blocks that were ranked. With
+    Gaussian noise `measured` is the rate that has the variance found. None: not measured.
     """
 
     block: str
+    kind: str
+    score: float
+    rank: int
     module: str
     old: float
     new: float
@@ -50,100 +51,71 @@ class Applied:
         return "\n".join(lines)
 
 
-def adapter_sites(backbone: nn.Module, modules: Sequence[Block], adapter: str | None) -> list[Block]:
-    """The adapter dropouts of a PEFT model, one block for each wrapped module.
+def set_rates(
+    backbone: nn.Module,
+    blocks: Sequence[Block],
+    scores: Sequence[float],
+    rates: Mapping[str, float],
+    noise: str,
+    verify: bool,
+) -> Applied:
+    """Sets one rate a block on all of its dropouts, and measures them in a forward pass.
 
     Args:
         backbone: see `find_sites`.
-        modules: its linear layers.
-        adapter: the adapter's name; None: the active one.
-
-    Raises:
-        ModelError: no module carries an adapter, an adapter without a dropout of its own, or one on a module without
-            scores.
-    """
-    known = {block.name: block for block in modules}
-    found = []
-    for path, wrapper in backbone.named_modules():
-        if not hasattr(wrapper, "base_layer") or not hasattr(wrapper, "active_adapters"):
-            continue
-        name = adapter or wrapper.active_adapters[0]
-        if name not in getattr(wrapper, "lora_A", {name: None}):
-            continue  # this adapter does not wrap this module
-        slot = _adapter_dropout(wrapper, path, name)
-        block = known.get(canonical(path))
-        if block is None:
-            raise ModelError(
-                "an adapter's dropout has no block: the module that it wraps was not measured",
-                found=f"{path}.{slot.name}",
-                allowed="adapters on linear layers inside the transformer layers",
-            )
-        found.append(Block(block.name, block.kind, block.tensors, (slot,)))
-    if not found:
-        raise ModelError(
-            "no adapter was found whose dropout could be guided",
-            found=type(backbone).__name__,
-            fix="get_peft_model(model, LoraConfig(…)) first; or apply(model, on='model') for the model's own dropouts",
-        )
-    return found
-
-
-def _adapter_dropout(wrapper: nn.Module, path: str, adapter: str) -> Site:
-    for name, slot in wrapper.named_children():
-        if name.endswith("dropout") and isinstance(slot, nn.ModuleDict) and adapter in slot:
-            return Site(f"{path}.{name}.{adapter}", slot, adapter, slot[adapter])
-    raise ModelError(
-        "an adapter has no dropout of its own",
-        found=f"{path} ({type(wrapper).__name__}, adapter {adapter!r})",
-        allowed="adapters with a dropout a module, such as LoRA",
-    )
-
-
-def set_rates(
-    model: nn.Module, backbone: nn.Module, blocks: Sequence[Block], rates: Mapping[str, float], noise: str, verify: bool
-) -> Applied:
-    """Sets one rate a block on all of its dropouts, and measures them in a forward pass.
+        blocks: with their dropouts.
+        scores: one a block, for the table that is returned.
+        rates: block name → rate.
+        noise: ``bernoulli`` or ``gaussian``.
+        verify: whether they are measured.
 
     Raises:
         ModelError: a mask rate that does not agree with the rate that was set, or a dropout that never runs. The old
             rates are then back in place.
     """
     before = [(site, site.value, site.rate) for block in blocks for site in block.sites]
-    was_gaussian = any(isinstance(value, GaussianDropout) for _, value, _ in before)
-    attention = [site for block in blocks for site in block.sites if _in_kernel(site)]
+    attention = [site for block in blocks for site in block.sites if in_kernel(site)]  # none where blocks are adapters
+    was_gaussian = backbone.config._attn_implementation == ATTENTION
 
     def restore() -> None:
         for site, value, rate in before:
             _put(site, value)
             if is_dropout(value):
                 value.p = rate
-        if not was_gaussian:
-            use_usual_attention(backbone)
+        if attention:
+            (use_gaussian_attention if was_gaussian else use_usual_attention)(backbone)
 
     with ExitStack() as undo:
         undo.callback(restore)
         for block in blocks:
             for site in block.sites:
                 _set(site, rates[block.name], noise)
-        if attention or was_gaussian:
+        if attention:
             (use_gaussian_attention if noise == "gaussian" else use_usual_attention)(backbone)
-        measured = _measure(backbone, blocks, noise) if verify else {}
+            _check_kernel(backbone, [rates[block.name] for block in blocks if any(map(in_kernel, block.sites))])
+        measured = measure(backbone, blocks, noise) if verify else {}
         if verify:
-            _compare(blocks, rates, measured, noise)
+            compare(blocks, rates, measured, noise)
         undo.pop_all()
     old = {site.path: rate for site, _, rate in before}
-    return Applied(
-        tuple(
-            AppliedRate(block.name, site.path, old[site.path], rates[block.name], *measured.get(site.path, (None, 0)))
-            for block in blocks
-            for site in block.sites
+    rows = []
+    for block, score, rank in zip(blocks, scores, ranks(np.asarray(scores)).tolist(), strict=True):
+        for site in block.sites:
+            share, count = measured.get(site.path, (None, 0))
+            new = rates[block.name]
+            rows.append(AppliedRate(block.name, block.kind, score, rank, site.path, old[site.path], new, share, count))
+    return Applied(tuple(rows))
+
+
+def _check_kernel(backbone: Any, rates: Sequence[float]) -> None:
+    """Flex attention raises in training, at the first rate above 0; the check, which runs in eager form, would pass."""
+    if backbone.config._attn_implementation == "flex_attention" and any(rates):
+        raise ModelError(
+            "flex attention has no dropout, so that training with these rates would raise",
+            found="attn_implementation='flex_attention'",
+            allowed="eager, sdpa, flash_attention_2",
+            fix="model.set_attn_implementation('sdpa')",
         )
-    )
-
-
-def _in_kernel(site: Site) -> bool:
-    """Whether the mask is drawn in an attention's kernel, which only reads the rate."""
-    return site.watch is site.owner
 
 
 def _put(site: Site, value: Any) -> None:
@@ -158,141 +130,13 @@ def _set(site: Site, rate: float, noise: str) -> None:
     if not isinstance(value, nn.Module):
         _put(site, float(rate))
         return
-    wanted = GaussianDropout if noise == "gaussian" and not _in_kernel(site) else nn.Dropout
+    wanted = GaussianDropout if noise == "gaussian" and not in_kernel(site) else nn.Dropout
     if type(value) is wanted:
         value.p = float(rate)
         return
     made = wanted(float(rate))
     made.train(value.training)
     _put(site, made)
-
-
-def _measure(backbone: nn.Module, blocks: Sequence[Block], noise: str) -> dict[str, tuple[float | None, int]]:
-    sites = [site for block in blocks for site in block.sites]
-    modes = {module: module.training for module in backbone.modules()}
-    devices = sorted({p.device.index for p in backbone.parameters() if p.device.type == "cuda"})
-    watcher = _Watcher(sites, backbone, gaussian=noise == "gaussian")
-    try:
-        backbone.train()
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _visible_attention(backbone), watcher:
-            torch.manual_seed(0)
-            backbone(**_made_up_batch(backbone))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return watcher.rates()
-
-
-def _made_up_batch(backbone: Any) -> dict[str, Tensor]:
-    config = backbone.config.get_text_config()
-    tokens = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    device = next(backbone.parameters()).device
-    ids = torch.randint(config.vocab_size, (_ROWS, tokens), device=device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | {"decoder_input_ids": ids} if config.is_encoder_decoder else batch
-
-
-@contextmanager
-def _visible_attention(backbone: Any):
-    """Flash attention's mask cannot be seen; the rate reaches it through the same argument as eager attention's."""
-    before = backbone.config._attn_implementation
-    hidden = before not in _SEEN_THROUGH and not before.startswith("graftlm")
-    try:
-        if hidden:
-            backbone.set_attn_implementation("eager")
-        yield
-    finally:
-        if hidden:
-            backbone.set_attn_implementation(before)
-
-
-class _Watcher(TorchFunctionMode):
-    """Counts what each dropout drops, in dropout modules, in functional dropout and inside SDPA's kernel."""
-
-    def __init__(self, sites: Sequence[Site], backbone: nn.Module, *, gaussian: bool):
-        super().__init__()
-        # an adapter's dropout inside an attention is not the attention's
-        self._paths: dict[nn.Module, str] = {module: "" for module in backbone.modules() if is_dropout(module)}
-        for site in sites:
-            value = site.value
-            self._paths[site.watch if _in_kernel(site) else value] = site.path
-            if _in_kernel(site):
-                self._paths.pop(value, None)  # where it is called as a module, it is the attention's
-        self._sums: dict[str, float] = dict.fromkeys((site.path for site in sites), 0.0)
-        self._counts = dict.fromkeys(self._sums, 0)
-        self._gaussian = gaussian
-        self._running: list[str] = []
-        self._handles: list = []
-
-    def __enter__(self):
-        for module, path in self._paths.items():
-            self._handles.append(module.register_forward_pre_hook(lambda *_, path=path: self._running.append(path)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        for handle in self._handles:
-            handle.remove()
-        return super().__exit__(*exception)
-
-    def _leave(self, *_) -> None:
-        self._running.pop()
-
-    def rates(self) -> dict[str, tuple[float | None, int]]:
-        found: dict[str, tuple[float | None, int]] = {}
-        for path, count in self._counts.items():
-            share = self._sums[path] / count if count else None
-            found[path] = (share / (1 + share) if self._gaussian and share is not None else share, count)
-        return found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if self._running and self._running[-1]:
-            if function in (nn.functional.dropout, gaussian_noise):
-                self._count(args[0] if args else kwargs["input"], result)
-            elif function is nn.functional.scaled_dot_product_attention:
-                self._look_into_kernel(function, args, kwargs)
-        return result
-
-    def _look_into_kernel(self, function, args, kwargs) -> None:
-        """With the identity as the values, the kernel's output is its attention probabilities, dropped or not."""
-        names = ("query", "key", "value", "attn_mask", "dropout_p")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        key = given["key"]
-        eye = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
-        given["value"] = eye.expand(*key.shape[:-2], -1, -1)
-        self._count(function(**given | {"dropout_p": 0.0}), function(**given))
-
-    def _count(self, x: Tensor, y: Tensor) -> None:
-        path = self._running[-1]
-        there = x != 0
-        if self._gaussian:
-            self._sums[path] += float((y[there] / x[there] - 1).double().square().sum())
-        else:
-            self._sums[path] += int((there & (y == 0)).sum())
-        self._counts[path] += int(there.sum())
-
-
-def _compare(
-    blocks: Sequence[Block], rates: Mapping[str, float], measured: Mapping[str, tuple[float | None, int]], noise: str
-) -> None:
-    for block in blocks:
-        for site in block.sites:
-            share, count = measured[site.path]
-            p = rates[block.name]
-            if share is None:
-                raise ModelError(
-                    "a dropout that was set takes no part in the forward pass, so its rate would have no effect",
-                    found=f"{site.path} (block {block.name})",
-                    fix="use the model with this dropout active; disabled or merged adapters have none",
-                )
-            spread = (p * (1 - p) / count) ** 0.5 if noise == "bernoulli" else p * (1 - p) * (2 / count) ** 0.5
-            if abs(share - p) > _SIGMAS * spread + 1e-6:
-                raise ModelError(
-                    "the measured mask rate does not agree with the rate that was set",
-                    found=f"{site.path}: set {p:.4f}, measured {share:.4f} on {count} elements",
-                )
 
 
 def check_target(on: str, without_dropout: bool, has_adapters: bool) -> str:

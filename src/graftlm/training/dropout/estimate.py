@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from graftlm.errors import DataError, SetupError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.fisher import undisturbed
 from graftlm.measure.likelihood import IGNORED
 from graftlm.measure.pretraining import squared_gradients
 from graftlm.training.dropout.heads import check_head as check_lm_head
 from graftlm.training.dropout.rates import rank_error
 from graftlm.training.dropout.sites import Block, canonical
-from graftlm.training.dropout.texts import Example, batches, pretraining_task
+from graftlm.training.dropout.texts import Example, pretraining_task, pretraining_windows
 
 _FEWEST, _GROWTH = 64, 1.15
 
@@ -74,51 +74,63 @@ def estimate_scores(
     progress: bool,
 ) -> tuple[dict[str, TensorScore], str, Settled]:
     """Scores of the named tensors, the task, and how the measurement ended; see `graftlm.GuidedDropout.estimate`."""
-    for what, value, least in (
-        ("max_examples", max_examples, 2),
-        ("batch_size", batch_size, 1),
-        ("max_length", max_length, 4),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise SetupError(f"{what} is a number of at least {least}", found=repr(value))
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise SetupError(
+            "tolerance is a share of the ranks' range",
+            found=repr(tolerance),
+            allowed="from 0 (use all texts) to below 1",
+            fix="tolerance=0.02",
+        )
     task = pretraining_task(model)
     by_name = {canonical(name): parameter for name, parameter in backbone.named_parameters()}
     parameters = {name: by_name[name] for name in names}
     mixing = _mixing(parameters, ranked)
     device = next(iter(parameters.values())).device
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if positions is not None and task != "seq2seq_lm":
-        max_length = min(max_length, positions - 2)  # RoBERTa counts positions from 2
     run = _Run(check_head, model)
 
     rows: list[np.ndarray] = []
     error, early, check_at = math.inf, False, _FEWEST
     total = max_examples or (len(texts) if isinstance(texts, Sized) else None)
-    stream = batches(texts, tokenizer, task, batch_size=batch_size, max_length=max_length, seed=seed)
+    stream = pretraining_windows(
+        backbone,
+        texts,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        max_examples=max_examples,
+    )
     with (
         undisturbed(model, {"measured": list(parameters.values())}),
         tqdm(total=total, desc="Fisher information", unit="text", disable=not progress) as bar,
     ):
-        for examples, batch in stream:
-            if max_examples is not None and run.examples + len(examples) > max_examples:
-                keep = max_examples - run.examples
-                examples, batch = examples[:keep], {name: value[:keep] for name, value in batch.items()}
-            losses, squares = squared_gradients(
-                model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
-            )
-            run.add(examples, losses, task)
-            rows.append(squares.numpy())
-            bar.update(len(examples))
-            if run.examples >= check_at:
+        for window in stream:
+            for examples, batch in window:
+                losses, squares = squared_gradients(
+                    model, {name: value.to(device) for name, value in batch.items()}, parameters, task=task
+                )
+                _check_finite(examples, losses, squares, list(parameters))
+                run.add(examples, losses, task)
+                rows.append(squares.numpy())
+                bar.update(len(examples))
+            if run.examples >= check_at:  # between windows only: inside one the shortest texts come first
                 run.check()
                 error = rank_error(np.concatenate(rows) @ mixing)
                 bar.set_postfix_str(f"ranks ±{100 * error:.1f} %")
-                check_at = math.ceil(check_at * _GROWTH)
+                check_at = math.ceil(run.examples * _GROWTH)
                 early = 0 < tolerance >= error
-            if early or run.examples == max_examples:
-                break
+                if early:
+                    break
         if not rows:
             raise DataError("no text has anything to predict", found="texts", fix="give texts of two words and more")
+        if run.examples < 2:
+            raise DataError(
+                "one text cannot show how certain a ranking is",
+                found="1 text with anything to predict",
+                allowed="2 and more",
+                fix="give two texts of two words and more",
+            )
         run.check()
         if not early:
             error = rank_error(np.concatenate(rows) @ mixing)
@@ -130,9 +142,26 @@ def estimate_scores(
     return _scores(values, parameters), task, settled
 
 
+def _check_finite(
+    examples: Sequence[Example], losses: torch.Tensor, squares: torch.Tensor, names: Sequence[str]
+) -> None:
+    """NaN and infinity would be ranked like any number."""
+    broken = ~(losses.isfinite() & squares.isfinite().all(1))
+    if not broken.any():
+        return
+    row = int(broken.nonzero()[0])
+    bad = (~squares[row].isfinite()).nonzero()
+    where = f", squared gradient of {names[int(bad[0])]}: {float(squares[row][bad[0]])}" if len(bad) else ""
+    raise ModelError(
+        "the model's loss or its gradient is not a finite number",
+        found=f"text {examples[row].index}: loss {float(losses[row])}{where}",
+        allowed="weights without NaN, in a precision that holds the gradients",
+        fix="load the checkpoint again, in dtype=torch.float32",
+    )
+
+
 def _scores(values: np.ndarray, parameters: dict[str, nn.Parameter]) -> dict[str, TensorScore]:
-    examples = len(values)
-    spread = values.std(axis=0, ddof=1) / math.sqrt(examples) if examples > 1 else np.full(values.shape[1], math.inf)
+    spread = values.std(axis=0, ddof=1) / math.sqrt(len(values))
     return {
         name: TensorScore(float(values[:, i].mean()), float(spread[i]), parameters[name].numel())
         for i, name in enumerate(parameters)

@@ -66,26 +66,27 @@ class Fingerprint:
         if check not in ("weights", "config"):
             raise SetupError("unknown check of a model", found=repr(check), allowed="weights, config")
         config = _config(backbone)
-        differing = [f"{k}: {config.get(k)!r} (measured: {v!r})" for k, v in self.config.items() if config.get(k) != v]
+        skipped = {"vocab_size"} if check == "config" or _more_words(self.config, config) else set()
+        differing = [
+            f"{key}: {config.get(key)!r} (measured: {value!r})"
+            for key, value in self.config.items()
+            if config.get(key) != value and key not in skipped
+        ]
         if differing:
+            only_words = all(one.startswith("vocab_size") for one in differing)
             raise ModelError(
                 "the rates were measured on another model",
                 found=f"{'; '.join(differing)}; they came from {self.name or 'a model without a name'}",
-                fix="GuidedDropout.estimate on the pretrained form of this model",
+                fix="check='config' for the same model with fewer words"
+                if only_words
+                else "GuidedDropout.estimate on the pretrained form of this model",
             )
         if check == "config":
             return
         parameters = _parameters(backbone)
-        missing = [name for name in self.weights if name not in parameters]
-        other = [
-            name
-            for name, value in self.weights.items()
-            if name in parameters
-            and (
-                tuple(parameters[name].shape) != tuple(self.shapes[name])
-                or abs(_projection(parameters[name]) - value) > _TOLERANCE
-            )
-        ]
+        wanted = [name for name in self.weights if not (name.startswith("decoder.") and encoder_alone(backbone))]
+        missing = [name for name in wanted if name not in parameters]
+        other = [name for name in wanted if name in parameters and not self._same(name, parameters[name])]
         if missing or other:
             raise ModelError(
                 "the rates were measured on other weights",
@@ -93,6 +94,24 @@ class Fingerprint:
                 f"such as {[*missing, *other][0]}",
                 fix="load the checkpoint that was measured; check='config' for one that was trained further since",
             )
+
+    def _same(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is the measured one, up to rounding and to rows that were added behind it."""
+        shape = tuple(self.shapes[name])
+        if tensor.ndim != len(shape) or tensor.shape[1:] != shape[1:] or len(tensor) < shape[0]:
+            return False
+        return abs(_projection(tensor[: shape[0]]) - self.weights[name]) <= _TOLERANCE
+
+
+def encoder_alone(backbone: Any) -> bool:
+    """Whether it is an encoder that was pretrained with a decoder, such as T5's, without that."""
+    return not hasattr(backbone, "decoder") and hasattr(backbone, "encoder")
+
+
+def _more_words(measured: Mapping[str, str | int], found: Mapping[str, str | int]) -> bool:
+    """Whether tokens were added, which come behind those that were there."""
+    before, now = measured.get("vocab_size"), found.get("vocab_size")
+    return isinstance(before, int) and isinstance(now, int) and now > before
 
 
 def _config(backbone: Any) -> dict[str, str | int]:

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from graftlm.errors import DataError, ModelError, SetupError
-from graftlm.training.dropout.apply import Applied, adapter_sites, check_target, set_rates
+from graftlm.training.dropout.adapter_sites import adapter_sites, has_adapters
+from graftlm.training.dropout.apply import Applied, check_target, set_rates
 from graftlm.training.dropout.estimate import Settled, TensorScore, estimate_scores
-from graftlm.training.dropout.fingerprint import Fingerprint
+from graftlm.training.dropout.fingerprint import Fingerprint, encoder_alone
 from graftlm.training.dropout.heads import load_with_head
-from graftlm.training.dropout.rates import Schedule
+from graftlm.training.dropout.rates import Schedule, ranks
 from graftlm.training.dropout.sites import Block, find_sites
 
 SCHEMA = "graftlm.guided_dropout/1"
@@ -41,7 +44,7 @@ class GuidedDropout:
     Attributes:
         tensors: what was measured, tensor by tensor; names start at the backbone.
         blocks: the model's own blocks.
-        modules: its linear layers, whose adapters can be guided.
+        modules: its linear layers; adapters on them, or on modules that hold some of them, can be guided.
         fingerprint: of the model that was measured.
         task: ``masked_lm``, ``causal_lm`` or ``seq2seq_lm`` (span corruption).
         settled: how the measurement ended: examples, tokens, loss, error of the ranking.
@@ -52,9 +55,9 @@ class GuidedDropout:
 
     Differs from the paper in: (1) modules are found by name and kind, on every supported family, where the release
     counts positions; (2) attention rates that are kept as numbers for SDPA and flash attention are set as well; (3) the
-    number of texts follows from the error of the ranking; (4) adapters of models that ship without dropout (Llama,
-    Gemma, Qwen) get one rate a wrapped module, ranked by the Fisher information of what it wraps: our extension; (5) in
-    families that norm *before* a sub-layer the norm belongs to no block.
+    number of texts follows from the error of the ranking; (4) adapters, above all on models that ship without dropout
+    (Llama, Gemma, Qwen), get one rate a wrapped module, ranked by the Fisher information of the linear layers that it
+    wraps: our extension; (5) in families that norm *before* a sub-layer the norm belongs to no block.
 
     Example:
         .. code-block:: python
@@ -87,6 +90,7 @@ class GuidedDropout:
         batch_size: int = 16,
         seed: int = 0,
         check_head: bool = True,
+        device: str | torch.device | None = None,
         progress: bool = True,
     ) -> GuidedDropout:
         """Measures a pretrained model on texts like those that it was pretrained on.
@@ -99,17 +103,28 @@ class GuidedDropout:
             tolerance: stop once the ranking is settled: the bootstrap's standard deviation of r / R, averaged over
                 blocks, is at most this. 0: use all texts.
             max_length: tokens; longer text is cut.
-            batch_size: texts a forward pass; the result does not depend on it.
+            batch_size: texts a forward pass. Scores do not depend on it; whether to stop is asked behind each eight
+                batches.
             seed: of masks and spans.
             check_head: refuse a head that predicts no better than word frequencies do.
+            device: where a model that is loaded by name is measured; None: a CUDA device if there is one, else the CPU.
+                A model in memory is measured where it lies.
             progress: whether a bar is shown.
 
         Raises:
-            ModelError: no language-model head, a freshly initialised one, or a layout of modules that is not known.
-            DataError: no text with something to predict.
+            ModelError: no language-model head, a freshly initialised one, a layout of modules that is not known, or a
+                gradient that is not finite.
+            DataError: fewer than two texts with something to predict.
+            SetupError: a number out of its range, or a device for a model that has one already.
         """
         if not isinstance(model, nn.Module):
-            model, tokenizer = load_with_head(model, tokenizer)
+            model, tokenizer = load_with_head(model, tokenizer, device)
+        elif device is not None:
+            raise SetupError(
+                "a model in memory is measured where it lies",
+                found=f"device={str(device)!r}",
+                fix=f"estimate(model.to({str(device)!r}), …) without device",
+            )
         if tokenizer is None:
             raise SetupError("the tokenizer is missing", fix="estimate(model, texts, tokenizer=tokenizer)")
         found = find_sites(model)
@@ -133,19 +148,25 @@ class GuidedDropout:
         fingerprint = Fingerprint.of(found.backbone, tensors)
         return cls(tensors, blocks, found.modules, fingerprint, task, settled, found.without_dropout)
 
-    def using(self, schedule: str = "guided", **options: Any) -> GuidedDropout:
-        """The same measurement under another schedule: a control's name, and the other fields of `Schedule`.
+    def using(self, schedule: str | None = None, **options: Any) -> GuidedDropout:
+        """The same measurement under another schedule.
+
+        Args:
+            schedule: ``guided`` or a control's name; None: as it is.
+            options: the other fields of `Schedule`; those that are left out stay as they are.
 
         Example:
             .. code-block:: python
 
                 rates.using("uniform")                        # the same mean everywhere
                 rates.using(linear_in="score", mean=0.1)      # linear in the score, at the usual mean
+                rates.using(upper=0.3).using("shuffled")      # from 0.3 to 0, in a random order
         """
         fields = {one.name for one in dataclasses.fields(Schedule)} - {"name"}
         if unknown := sorted(options.keys() - fields):
             raise SetupError("unknown option of guided dropout", found=", ".join(unknown), allowed=sorted(fields))
-        return dataclasses.replace(self, schedule=Schedule(schedule, **options))
+        name = self.schedule.name if schedule is None else schedule
+        return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, name=name, **options))
 
     def score(self, block: Block) -> float:
         """The unweighted mean over a block's tensors of each tensor's mean Fisher information."""
@@ -169,12 +190,10 @@ class GuidedDropout:
     def rows(self) -> list[dict[str, Any]]:
         """One row a block, in the order of the model: block, type, score, rank (0 = least information), rate."""
         scores = [self.score(block) for block in self._ranked]
-        order = sorted(range(len(scores)), key=scores.__getitem__)
-        rank = {position: place for place, position in enumerate(order)}
-        rates = self.rates
+        rates, order = self.rates, ranks(np.asarray(scores)).tolist()
         return [
-            {"block": one.name, "type": one.kind, "score": scores[i], "rank": rank[i], "rate": rates[one.name]}
-            for i, one in enumerate(self._ranked)
+            {"block": block.name, "type": block.kind, "score": score, "rank": rank, "rate": rates[block.name]}
+            for block, score, rank in zip(self._ranked, scores, order, strict=True)
         ]
 
     def table(self) -> str:
@@ -197,14 +216,17 @@ class GuidedDropout:
     ) -> Applied:
         """Sets the rates on a model with the same backbone, and measures them in a forward pass.
 
-        The rates live in the modules of `model`; a saved model does not keep them, so apply them again after loading.
+        The rates live in the modules of `model`; a saved model does not keep them, so apply them again after loading,
+        and inside ``model_init`` where a Trainer makes its own model.
 
         Args:
             model: bare or inside PEFT and other wrappers; any head.
             on: ``model`` (its own dropouts), ``adapters`` (PEFT's, one rate a wrapped module), or ``auto``: adapters
                 where models of this family ship without dropout.
-            adapter: which adapter; None: the active one.
-            check: ``weights``: the backbone has to be the one that was measured; ``config``: one of the same shape.
+            adapter: which adapter; None: the active one, of a stack the one on top.
+            check: ``weights``: the backbone has to be the one that was measured, tokens that were added since aside;
+                ``config``: one of the same shape, with any vocabulary. Of an encoder-decoder the encoder alone will do;
+                its blocks are then ranked among themselves.
             verify: run a small forward pass in training mode and compare the share that each dropout drops with its
                 rate. Leaves no trace in random state, modes or gradients.
 
@@ -217,26 +239,25 @@ class GuidedDropout:
         """
         found = find_sites(model)
         self.fingerprint.check(found.backbone, check)
-        has_adapters = any(hasattr(module, "base_layer") for module in found.backbone.modules())
-        if check_target(on, found.without_dropout, has_adapters) == "adapters":
-            blocks = adapter_sites(found.backbone, self.modules, adapter)
+        if check_target(on, found.without_dropout, has_adapters(found.backbone)) == "adapters":
+            blocks = adapter_sites(model, found.backbone, self.modules, adapter)
         else:
             blocks = list(found.blocks)
-            _check_same_blocks(self.blocks, blocks)
-        rates = self.rates_of(blocks)
-        return set_rates(model, found.backbone, blocks, rates, self.schedule.noise, verify)
+            _check_same_blocks(self.blocks, blocks, without_decoder=encoder_alone(found.backbone))
+        scores = [self.score(block) for block in blocks]
+        return set_rates(found.backbone, blocks, scores, self.rates_of(blocks), self.schedule.noise, verify)
 
     def save(self, path: str | os.PathLike[str], applied: Applied | None = None) -> Path:
         """Writes the measurement, the schedule and the model's fingerprint as JSON; no weights, no text.
 
         Args:
             path: the file.
-            applied: what `apply` returned, to stand beside the rates.
+            applied: what `apply` returned, to stand beside the rates; the report shows these.
         """
         path = Path(path)
         values = self.as_dict() | ({"applied": dataclasses.asdict(applied)["rows"]} if applied else {})
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
 
@@ -284,8 +305,9 @@ def _blocks(rows: list[list[Any]]) -> tuple[Block, ...]:
     return tuple(Block(name, kind, tuple(tensors)) for name, kind, tensors in rows)
 
 
-def _check_same_blocks(measured: tuple[Block, ...], found: list[Block]) -> None:
-    known, there = {block.name for block in measured}, {block.name for block in found}
+def _check_same_blocks(measured: tuple[Block, ...], found: list[Block], *, without_decoder: bool) -> None:
+    known = {block.name for block in measured if not (without_decoder and block.name.startswith("decoder."))}
+    there = {block.name for block in found}
     if known != there:
         raise ModelError(
             "the model's blocks are not those that were measured",

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
 from graftlm.architectures import describe
-from graftlm.errors import ModelError
+from graftlm.errors import ModelError, SetupError
 from graftlm.training.dropout.sites import backbone_of
+from graftlm.training.dropout.texts import discriminator
 
 _AUTO = {
     "masked_lm": "AutoModelForMaskedLM",
@@ -22,13 +24,26 @@ _AUTO = {
 }
 
 
-def load_with_head(name: str | os.PathLike[str], tokenizer: Any = None) -> tuple[nn.Module, Any]:
+def load_with_head(
+    name: str | os.PathLike[str], tokenizer: Any = None, device: str | torch.device | None = None
+) -> tuple[nn.Module, Any]:
     """Loads a model with its language-model head: (model, tokenizer).
+
+    Args:
+        name: folder or hub id.
+        tokenizer: None: the one beside the model.
+        device: None: a CUDA device if there is one, else the CPU.
 
     Raises:
         ModelError: the checkpoint was saved without the head, which transformers would fill with random numbers.
+        SetupError: no such device.
     """
     name = os.fspath(name)
+    try:
+        place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        there = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise SetupError("no such device", found=f"device={str(device)!r}", allowed=there) from error
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     for auto in _AUTO.values():
         kind = getattr(transformers, auto)
@@ -44,10 +59,12 @@ def load_with_head(name: str | os.PathLike[str], tokenizer: Any = None) -> tuple
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if missing and config.model_type == "electra" and "ElectraForMaskedLM" not in (config.architectures or ()):
+        raise discriminator(f"{name}: {', '.join(config.architectures or ['no generator head'])}")
     if missing:
         raise _fresh_head(name, missing)
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return model, tokenizer
+    return model.to(place), tokenizer
 
 
 def fresh_parameters(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,16 +16,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from graftlm.errors import DataError, SetupError
-from graftlm.measure import likelihood
 from graftlm.measure.fisher import undisturbed
-from graftlm.measure.pretraining import example_losses
+from graftlm.measure.pretraining import model_losses
 from graftlm.training.dropout.guided import GuidedDropout
 from graftlm.training.dropout.sites import backbone_of, canonical
-from graftlm.training.dropout.texts import batches, pretraining_task
+from graftlm.training.dropout.texts import pretraining_task, pretraining_windows
 
 SCHEMA = "graftlm.loss_landscape/1"
 HALVES = ("tensors", "matrices")
-FILE = "landscape.json"
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ def loss_landscape(
     reach: float = 0.5,
     points: int = 11,
     halves: str = "tensors",
+    max_examples: int | None = None,
     max_length: int = 128,
     batch_size: int = 16,
     seed: int = 0,
@@ -104,12 +104,13 @@ def loss_landscape(
         reach: distance from the centre to the edge; 1 is a step as long as the tensor itself.
         points: points along each direction, an odd number, so that the centre is one.
         halves: ``tensors``: halves of all measured tensors, as in the paper. ``matrices``: halves of those that move.
+        max_examples: the first so many texts are used; None: all. Each is read at every point of three surfaces.
         max_length, batch_size: as for `GuidedDropout.estimate`.
         seed: of directions and masks.
         progress: whether a bar is shown.
 
     Raises:
-        SetupError: a grid without a centre, or a reach that is no distance.
+        SetupError: a grid without a centre, a reach that is no distance, or a number that is too small.
         ModelError: not the model that was measured.
         DataError: no text with anything to predict.
 
@@ -128,7 +129,17 @@ def loss_landscape(
     rates.fingerprint.check(backbone)
     parameters = {canonical(name): p for name, p in backbone.named_parameters() if canonical(name) in rates.tensors}
     task, device = pretraining_task(model), next(iter(parameters.values())).device
-    found = list(batches(texts, tokenizer, task, batch_size=batch_size, max_length=max_length, seed=seed))
+    stream = pretraining_windows(
+        backbone,
+        texts,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        max_examples=max_examples,
+    )
+    found = list(chain.from_iterable(stream))
     if not found:
         raise DataError("no text has anything to predict", found="texts", fix="give texts of two words and more")
     inputs = [{name: value.to(device) for name, value in batch.items()} for _, batch in found]
@@ -196,5 +207,4 @@ class _moved:
 
 
 def _mean_loss(model: nn.Module, task: str, inputs: Sequence[dict[str, Tensor]]) -> float:
-    losses = [example_losses(task, model(**likelihood.inputs(task, batch)), batch) for batch in inputs]
-    return float(torch.cat(losses).double().mean())
+    return float(torch.cat([model_losses(model, task, batch) for batch in inputs]).double().mean())

@@ -26,8 +26,9 @@ class Schedule:
 
     Attributes:
         name: ``guided``; or a control on it: ``uniform`` (the guided mean everywhere), ``shuffled`` (the guided rates
-            in a random order), ``reversed`` (the most for the most informative), ``type`` (each block gets the guided
-            mean of its type, so that depth says nothing).
+            in a random order), ``reversed`` (the most for the most informative; with ``linear_in="score"`` its mean is
+            another, so hold `mean` for both), ``type`` (each block gets the guided mean of its type, so that depth says
+            nothing).
         upper, lower: the highest and the lowest rate.
         linear_in: ``rank``, or ``score``: r / R is then (s − min s) / (max s − min s).
         within_type: rank the blocks of each type among themselves.

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
-from graftlm.architectures import Layer, describe
+from graftlm.architectures import Layer, describe, unwrapped
 from graftlm.errors import ModelError
 
+_BETWEEN = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.|$)")
 _NUMBER = re.compile(r"(?:^|_)(?:dropout|drop)(?:$|_)")
 
 
@@ -56,7 +57,7 @@ class Block:
     Attributes:
         name: such as ``encoder.layer.3.attention``.
         kind: ``embeddings``, ``attention``, ``attention_output``, ``cross_attention``, ``cross_attention_output``,
-            ``ffn_inner``, ``ffn_output``; for adapters the name of the wrapped module.
+            ``ffn_inner``, ``ffn_output``; for adapters the wrapped module's path in its layer.
         tensors: parameter names, from the backbone.
         sites: the dropouts behind them.
     """
@@ -72,6 +73,12 @@ class _Role:
     kind: str
     site: str
     modules: tuple[str, ...]
+    optional: bool = False  # only some models of the family have it
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether it is attention's probabilities that are dropped: in its kernel, whoever holds the rate."""
+        return self.kind in ("attention", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,11 @@ def _t5_ffn(layer: int) -> tuple[_Role, _Role]:
     )
 
 
-def _bert(kind: str, module: str) -> tuple[_Role, _Role]:
-    inner = f"{module}.self"
+def _bert(kind: str, module: str, *, optional: bool = False) -> tuple[_Role, _Role]:
+    inner, output = f"{module}.self", f"{module}.output"
     return (
-        _Role(kind, f"{inner}.dropout", (f"{inner}.query", f"{inner}.key", f"{inner}.value")),
-        _Role(f"{kind}_output", f"{module}.output.dropout", (f"{module}.output.dense", f"{module}.output.LayerNorm")),
+        _Role(kind, f"{inner}.dropout", (f"{inner}.query", f"{inner}.key", f"{inner}.value"), optional),
+        _Role(f"{kind}_output", f"{output}.dropout", (f"{output}.dense", f"{output}.LayerNorm"), optional),
     )
 
 
@@ -110,7 +117,7 @@ _LAYOUTS = {
     "BERT, RoBERTa, XLM-R, ELECTRA, MiniLM": _Layout(
         (
             *_bert("attention", "attention"),
-            *_bert("cross_attention", "crossattention"),
+            *_bert("cross_attention", "crossattention", optional=True),
             _Role("ffn_output", "output.dropout", ("output.dense", "output.LayerNorm")),
         ),
         (_Role("embeddings", "embeddings.dropout", ("embeddings",)),),
@@ -184,14 +191,18 @@ def find_sites(model: nn.Module) -> Sites:
     """
     backbone = backbone_of(model)
     layers = describe(backbone).layers
-    names = {id(parameter): canonical(name) for name, parameter in backbone.named_parameters()}
+    names = {
+        id(parameter): canonical(name)
+        for name, parameter in backbone.named_parameters()
+        if not _in_adapter(backbone, name)
+    }
     layouts = {stack: _layout(next(layer for layer in layers if layer.stack == stack)) for stack in _stacks(layers)}
     embeddings: dict[tuple[str, ...], list[Site]] = {}
     blocks = []
     for stack, layout in layouts.items():
         for role in layout.embeddings:
             root = f"{stack}." if stack != "layer" else _root(layers, role)
-            site = _site(backbone, f"{root}{role.site}", role.kind)
+            site = _site(backbone, f"{root}{role.site}", role, role.kind)
             tensors = _tensors(backbone, [f"{root}{module}" for module in role.modules], names)
             embeddings.setdefault(tensors, []).append(site)
     for tensors, sites in embeddings.items():  # T5's encoder and decoder share one table: one block, two dropouts
@@ -213,13 +224,22 @@ def backbone_of(model: nn.Module) -> Any:
 
 
 def canonical(name: str) -> str:
-    """A parameter or module name without what PEFT puts between a module and its weight."""
-    return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+    """A parameter or module name without what PEFT puts between a module and its weight.
+
+    >>> canonical("embeddings.word_embeddings.token_adapter.base_layer.weight")
+    'embeddings.word_embeddings.weight'
+    """
+    return _BETWEEN.sub("", name)
 
 
 def is_dropout(module: object) -> bool:
     """Whether this is a dropout module."""
     return isinstance(module, _DropoutNd)
+
+
+def in_kernel(site: Site) -> bool:
+    """Whether the mask is drawn in an attention's kernel, which only reads the rate."""
+    return site.watch is site.owner
 
 
 def _stacks(layers: tuple[Layer, ...]) -> list[str]:
@@ -233,8 +253,7 @@ def _root(layers: tuple[Layer, ...], role: _Role) -> str:
 
 def _layout(layer: Layer) -> _Layout:
     for layout in _LAYOUTS.values():
-        needed = [role for role in layout.roles if not role.kind.startswith("cross_") or layout is not _BERT]
-        if all(_existing(layer.module, role.modules) for role in needed):
+        if all(role.optional or _existing(layer.module, role.modules) for role in layout.roles):
             return layout
     children = sorted(
         {canonical(name) for name, module in layer.module.named_modules() if name and not list(module.children())}
@@ -244,9 +263,6 @@ def _layout(layer: Layer) -> _Layout:
         found=f"{layer.name}: {', '.join(children[:12])}",
         allowed=_LAYOUTS,
     )
-
-
-_BERT = _LAYOUTS["BERT, RoBERTa, XLM-R, ELECTRA, MiniLM"]
 
 
 def _existing(module: nn.Module, paths: tuple[str, ...]) -> list[str]:
@@ -266,12 +282,12 @@ def _layer_blocks(backbone: nn.Module, layer: Layer, layout: _Layout, names: dic
     for role in layout.roles:
         modules = _existing(layer.module, role.modules)
         if modules:
-            site = _site(backbone, f"{layer.name}.{role.site}", f"{layer.name}: {role.kind}")
+            site = _site(backbone, f"{layer.name}.{role.site}", role, f"{layer.name}: {role.kind}")
             tensors = _tensors(backbone, [f"{layer.name}.{path}" for path in modules], names)
             yield Block(f"{layer.name}.{role.kind}", role.kind, tensors, (site,))
 
 
-def _site(backbone: nn.Module, path: str, block: str) -> Site:
+def _site(backbone: nn.Module, path: str, role: _Role, block: str) -> Site:
     value = _get(backbone, path)
     owner_path, _, name = path.rpartition(".")
     if not (is_dropout(value) or isinstance(value, nn.Identity | float | int)) or isinstance(value, bool):
@@ -280,31 +296,31 @@ def _site(backbone: nn.Module, path: str, block: str) -> Site:
             found=f"block {block}; no dropout at {path}" + (f" ({type(value).__name__})" if value is not None else ""),
             fix="a model with the usual modules of its family; graftlm sets rates by name and guesses none",
         )
-    owner = backbone.get_submodule(owner_path) if owner_path else backbone
-    # attention probabilities are dropped inside the attention's kernel, whoever holds the rate
-    inside = not isinstance(value, nn.Module) or ("attention" in block and not block.endswith("_output"))
+    owner = unwrapped(backbone.get_submodule(owner_path)) if owner_path else backbone
+    inside = role.in_kernel or not isinstance(value, nn.Module)
     return Site(path, owner, name, owner if inside else value)
 
 
 def _tensors(backbone: nn.Module, modules: list[str], names: dict[int, str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for module in modules:
-        for name, parameter in backbone.get_submodule(module).named_parameters():
-            if ".base_layer." in f".{name}" or not _in_adapter(backbone, f"{module}.{name}"):
+        for parameter in backbone.get_submodule(module).parameters():
+            if id(parameter) in names:  # what PEFT added is not
                 found[names[id(parameter)]] = None
     return tuple(found)
 
 
 def _in_adapter(backbone: nn.Module, path: str) -> bool:
-    """Whether a parameter was added by PEFT: it lies in a module that holds a `base_layer`, but not in that."""
+    """Whether a parameter was added by PEFT: it lies in a module that holds the model's own, but not in that."""
     parts = path.split(".")
     module: Any = backbone
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         module = getattr(module, part, None)
         if not isinstance(module, nn.Module):
             return False
-        if hasattr(module, "base_layer"):
-            return following != "base_layer"
+        for own in ("base_layer", "original_module"):
+            if own in module._modules and following != own:
+                return True
     return False
 
 
@@ -315,9 +331,8 @@ def _linear_blocks(backbone: nn.Module, layers: tuple[Layer, ...], names: dict[i
             plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
             weight = getattr(module, "weight", None)
             if plain and isinstance(weight, nn.Parameter) and not _in_adapter(backbone, f"{path}.weight"):
-                name = canonical(path)
                 own = (names[id(p)] for p in module.parameters(recurse=False))
-                yield Block(name, name.rpartition(".")[2], tuple(own))
+                yield Block(canonical(path), canonical(inner), tuple(own))
 
 
 def _check_complete(backbone: nn.Module, layers: tuple[Layer, ...], blocks: list[Block]) -> None:
@@ -331,12 +346,19 @@ def _check_complete(backbone: nn.Module, layers: tuple[Layer, ...], blocks: list
                 )
             seen[site.path] = block.name
     for path, module in backbone.named_modules():
+        if is_dropout(module) and ".modules_to_save." in path:
+            raise ModelError(
+                "a dropout lies in a part of the model that PEFT has copied, to train it whole",
+                found=path,
+                allowed="parts without a dropout in modules_to_save, such as norms, embeddings and heads",
+                fix="leave this part out of modules_to_save, or fine-tune without PEFT",
+            )
         if _in_adapter(backbone, f"{path}.x") or (path and _in_adapter(backbone, path)):
             continue
         numbers = [key for key, value in vars(module).items() if _NUMBER.search(key) and isinstance(value, float)]
         found = [f"{path}.{key}" if path else key for key in numbers if not is_dropout(module)]
         for stray in [*found, *([path] if is_dropout(module) else [])]:
-            if stray not in known:
+            if canonical(stray) not in known:
                 raise ModelError(
                     "a dropout has no block in front of it, so it would keep its rate unseen",
                     found=f"{stray} ({type(module).__name__})",

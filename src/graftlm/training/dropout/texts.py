@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftlm.errors import DataError, ModelError
+from graftlm.errors import DataError, ModelError, SetupError
 from graftlm.measure.likelihood import IGNORED
 
 MASKED, REPLACED, KEPT = 0.15, 0.1, 0.1
@@ -41,6 +42,8 @@ def pretraining_task(model: nn.Module) -> str:
         ModelError: the model has no language-model head.
     """
     names = [type(module).__name__ for module in model.modules()]
+    if "ElectraForPreTraining" in names:
+        raise discriminator("ElectraForPreTraining")
     if "BertForPreTraining" in names:  # its first output is that of the masked LM
         return "masked_lm"
     for name in names:
@@ -55,13 +58,34 @@ def pretraining_task(model: nn.Module) -> str:
     )
 
 
-def batches(
-    texts: Iterable[str], tokenizer, task: str, *, batch_size: int, max_length: int, seed: int
-) -> Iterator[tuple[list[Example], dict[str, Tensor]]]:
+Batch = tuple[list[Example], dict[str, Tensor]]
+
+
+def discriminator(found: str) -> ModelError:
+    """ELECTRA's discriminator was pretrained to find replaced tokens, which is no language modelling."""
+    return ModelError(
+        "rates come from a language model's loss, and ELECTRA's discriminator has none: it finds replaced tokens",
+        found=found,
+        allowed="ELECTRA's generator (ElectraForMaskedLM), whose rates fit models on the generator's backbone only",
+        fix="a checkpoint whose name ends in -generator; or another encoder, such as BERT, RoBERTa or DistilBERT",
+    )
+
+
+def windows(
+    texts: Iterable[str],
+    tokenizer,
+    task: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_examples: int | None = None,
+) -> Iterator[list[Batch]]:
     """Streams texts as padded batches; what is masked in a text depends on `seed` and its position alone.
 
-    Texts with nothing to predict (no token but special ones; a single one for causal LM and span corruption) are left
-    out.
+    A window is the batches of the next few texts of the stream, sorted by length. Who stops early has to stop behind a
+    whole window: what comes first in it are its shortest texts. Texts with nothing to predict (no token but special
+    ones; a single one for causal LM and span corruption) are left out, and do not count in `max_examples`.
 
     Raises:
         DataError: a text that is not a string, or a single string in place of texts.
@@ -70,12 +94,57 @@ def batches(
     if isinstance(texts, str | bytes | Mapping):
         raise DataError("texts is one string or a mapping, not many strings", found=type(texts).__name__, fix="[text]")
     make = _Maker(tokenizer, task, max_length, seed)
-    stream = (example for index, text in enumerate(texts) if (example := make(index, text)) is not None)
+    examples = (example for index, text in enumerate(texts) if (example := make(index, text)) is not None)
+    stream = islice(examples, max_examples)
     while window := list(islice(stream, _WINDOW * batch_size)):
         window.sort(key=lambda example: (len(example.ids), len(example.labels)))
-        for start in range(0, len(window), batch_size):
-            part = window[start : start + batch_size]
-            yield part, _collate(part, make.pad)
+        parts = [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+        yield [(part, _collate(part, make.pad)) for part in parts]
+
+
+def pretraining_windows(
+    model: Any,
+    texts: Iterable[str],
+    tokenizer,
+    task: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    max_examples: int | None,
+) -> Iterator[list[Batch]]:
+    """`windows` for a model: no longer than its table of positions.
+
+    Raises:
+        SetupError: a number that is none or too small.
+    """
+    for what, value, least in (
+        ("max_examples", max_examples, 2),
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 4),
+        ("seed", seed, 0),
+    ):
+        if what == "max_examples" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SetupError(f"{what} is a number of at least {least}", found=repr(value), fix=f"{what}={least}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and task != "seq2seq_lm":
+        max_length = min(max_length, positions - 2)  # RoBERTa counts positions from 2
+    return windows(
+        texts,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        max_examples=max_examples,
+    )
+
+
+def batches(texts: Iterable[str], tokenizer, task: str, **how) -> Iterator[Batch]:
+    """All batches of all `windows`."""
+    return chain.from_iterable(windows(texts, tokenizer, task, **how))
 
 
 class _Maker:
