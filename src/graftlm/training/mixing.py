@@ -39,6 +39,10 @@ class DomainMix(Dataset):
             new domain has to be read once.
         seed: of places and orders.
 
+    Attributes:
+        domains, rows: of each sequence of the run, its domain and its row there.
+        originals: k.
+
     Raises:
         SetupError: a share outside [0, 1], or no length.
         DataError: a domain that is needed and empty, or rows that are no mappings or have a column ``domain`` already.
@@ -73,23 +77,23 @@ class DomainMix(Dataset):
                     f"there is no row of the {name} domain, and the mix needs {counts[domain]}",
                     found=f"share={share}, length={length}",
                 )
-        self._domains = np.full(length, NEW, dtype=np.int8)
+        self.domains = np.full(length, NEW, dtype=np.int8)
         edges = [number * length // max(self.originals, 1) for number in range(self.originals + 1)]
         low, high = np.array(edges[:-1], dtype=np.int64), np.array(edges[1:], dtype=np.int64)
-        self._domains[np.random.default_rng([seed, 2]).integers(low, high)] = ORIGINAL
-        self._rows, self._passes = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+        self.domains[np.random.default_rng([seed, 2]).integers(low, high)] = ORIGINAL
+        self.rows, self._passes = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
         for domain, count in counts.items():
-            here, available = self._domains == domain, len(self._sources[domain])
-            self._rows[here] = _order(count, available, seed, domain)
+            here, available = self.domains == domain, len(self._sources[domain])
+            self.rows[here] = _order(count, available, seed, domain)
             self._passes[here] = np.arange(count) // max(1, available)
 
     def __len__(self) -> int:
-        return len(self._domains)
+        return len(self.domains)
 
     def place(self, index: int) -> tuple[int, int, int]:
         """Of a sequence of the run: its domain, its row there, and how often all rows came before it."""
-        domain = int(self._domains[index])
-        return domain, int(self._rows[index]), int(self._passes[index])
+        domain = int(self.domains[index])
+        return domain, int(self.rows[index]), int(self._passes[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         domain, number, _ = self.place(index)
