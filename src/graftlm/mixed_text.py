@@ -8,6 +8,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from graftlm.context import NEW, ORIGINAL
+from graftlm.errors import RecipeError, SetupError
 from graftlm.raw_text import WINDOW, Blocks, ShuffledBlocks
 from graftlm.recipe import Recipe
 from graftlm.training.mixing import DomainMix
@@ -26,6 +27,9 @@ class MixedBlocks(Blocks):
         epochs: of the run, rounded up: the share is exact over all of them.
         seed: of the mix.
         batch_size: blocks of like length come in groups of so many.
+
+    Raises:
+        SetupError, DataError: as `DomainMix`.
     """
 
     def __init__(self, new: Blocks, original: Blocks, *, share: float, epochs: int, seed: int, batch_size: int):
@@ -41,6 +45,13 @@ class MixedBlocks(Blocks):
         domain, row, times = self.mix.place(int(position))
         blocks = self._blocks[domain]
         return {**blocks[times * len(blocks) + row], "domain": domain}
+
+    def token_share(self) -> float:
+        """The share of original-domain tokens in the run, which differs from that of sequences as their lengths do."""
+        tokens = {}
+        for domain, blocks in self._blocks.items():
+            tokens[domain] = float(blocks.counted()[self.mix.rows[self.mix.domains == domain]].sum())
+        return tokens[ORIGINAL] / sum(tokens.values())
 
     def at(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Domains and tokens of the blocks at the places of an epoch."""
@@ -89,6 +100,10 @@ def mixed(recipe: Recipe, new: Blocks, original: Blocks, arguments: TrainingArgu
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         epochs = math.ceil(arguments.max_steps * batch / len(new))
     share = recipe.mixing.share if recipe.mixing else 0.0
-    return MixedBlocks(
-        new, original, share=share, epochs=epochs, seed=recipe.seed, batch_size=recipe.training.batch_size
-    )
+    try:
+        return MixedBlocks(
+            new, original, share=share, epochs=epochs, seed=recipe.seed, batch_size=recipe.training.batch_size
+        )
+    except SetupError as error:
+        where = f"{recipe.origin('mixing.share')}: {error.problem}"
+        raise RecipeError(where, found=error.found, allowed=error.allowed, fix="mixing.share=…") from error

@@ -301,6 +301,13 @@ class Blocks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._table)
 
+    def counted(self) -> np.ndarray:
+        """Of each block the tokens that the penalty of neutral residues counts: see `NeutralResiduesConfig`."""
+        if self._masking is not None:
+            return self.order.lengths
+        first = self._table.data.column("first").to_numpy()
+        return self.order.lengths - np.maximum(first, 1)  # nothing predicts the first token of a block
+
     def __getitem__(self, position: int) -> dict[str, list[int]]:
         epoch, row = divmod(int(position), len(self))
         block = self._table[row]

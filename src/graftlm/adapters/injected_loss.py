@@ -41,6 +41,11 @@ class PenalisedLayer(AdapterLayer):
         """Whether it has a penalty as well."""
         raise NotImplementedError
 
+    @property
+    def expected_share(self) -> float | None:
+        """The share of original-domain tokens that the penalty counts on; None where it counts on none."""
+        raise NotImplementedError
+
 
 @dataclass
 class Call:
@@ -70,10 +75,10 @@ class Call:
         return float(torch.stack([value.to(values[0].device) for value in values]).sum()) if values else 0.0
 
     def token_counts(self) -> Tensor:
-        """Of the counted tokens those in original-domain sequences, and all."""
+        """Of the counted tokens those in original-domain sequences, and all; the sequences."""
         masks = self.tokens.values()
         counts = [torch.stack([(mask & ~self.new[:, None]).sum(), mask.sum()]) for mask in masks]
-        return torch.stack(counts).sum(0).float()
+        return torch.cat([torch.stack(counts).sum(0), self.new.new_tensor([len(self.new)], dtype=torch.long)]).float()
 
 
 class Domains:

@@ -82,6 +82,11 @@ class NeutralResidues(PenalisedLayer):
         """Whether the adapter on top trains and has a penalty."""
         return self.trains and self.neutral_residues_configs[self.active_here[-1]].penalty_weight > 0
 
+    @property
+    def expected_share(self) -> float | None:
+        config = self.neutral_residues_configs[self.active_here[-1]]
+        return config.original_share if config.penalty == "l1" else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         f = self.base_layer(x, *args, **kwargs)
         self._waiting = None  # left over where checkpointing stopped between this module and the norm

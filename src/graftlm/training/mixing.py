@@ -44,7 +44,7 @@ class DomainMix(Dataset):
         originals: k.
 
     Raises:
-        SetupError: a share outside [0, 1], or no length.
+        SetupError: a share outside [0, 1] or of less than half a sequence, or no length.
         DataError: a domain that is needed and empty, or rows that are no mappings or have a column ``domain`` already.
 
     Source: Talla, Jégou, Grave, arXiv 2410.02744 (p = 0.1).
@@ -69,6 +69,12 @@ class DomainMix(Dataset):
             raise SetupError("a run needs at least one sequence", found=f"length={length!r}", allowed="1, 2, …")
         self.share, self.seed = share, seed
         self.originals = math.floor(share * length + 0.5)
+        if share and not self.originals:
+            raise SetupError(
+                "the share of original-domain sequences is less than half a sequence of the run",
+                found=f"share={share}, length={length}",
+                allowed=f"share from {0.5 / length:.2g}, or share=0 for none",
+            )
         self._sources: dict[int, Rows] = {ORIGINAL: original, NEW: new}
         counts = {ORIGINAL: self.originals, NEW: length - self.originals}
         for domain, name in ((ORIGINAL, "original"), (NEW, "new")):
