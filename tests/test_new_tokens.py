@@ -152,6 +152,13 @@ def test_what_cannot_be_extended():
         extend_tokenizer(tiny_tokenizer(), TEXTS, 1)
     with pytest.raises(DataError, match=r"count=0(.|\n)*allowed: 1, 2"):
         extend_tokenizer(byte_tokenizer(), TEXTS, 0)
+    with pytest.raises(DataError, match="no new token"):
+        extend_model(tiny_model("llama", "causal_lm"), {})
+    for architecture in ("bert", "roberta", "distilbert", "modernbert"):  # PEFT drops their output bias
+        base = tiny_model(architecture, "masked_lm")
+        with pytest.raises(ModelError, match="output matrix without a bias(.|\\n)*96 tokens"):
+            extend_model(base, {96: [5, 6]})
+        assert len(base.get_input_embeddings().weight) == 96
     suffixed = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     with pytest.raises(ModelError, match="BPE with end_of_word_suffix"):
         extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=suffixed), TEXTS, 1)

@@ -151,16 +151,29 @@ def extend_model(model: Any, pieces: dict[int, list[int]]) -> dict[str, list[int
 
     Returns:
         PEFT's ``trainable_token_indices``: the matrices, by name, and the new rows.
+
+    Raises:
+        DataError: no new token.
+        ModelError: an output matrix with a bias, as masked language models have it. PEFT trains rows of a matrix by a
+            layer that leaves the bias out.
     """
+    if not pieces:
+        raise DataError("there is no new token to give a row to", found="{}", fix="extend_tokenizer(…, count=1000)")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(
+            "new tokens need an output matrix without a bias: PEFT would leave it out of the logits",
+            found=f"{type(model).__name__} with a bias of {len(model.get_output_embeddings().bias)} tokens",
+            allowed="decoders such as Llama, Qwen, Mistral, Gemma, GPT-2",
+            fix="leave new_tokens out",
+        )
     size = max(pieces) + 1
     if model.get_input_embeddings().weight.shape[0] < size:
         model.resize_token_embeddings(size, mean_resizing=False)
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or output.weight is source.weight
     parts: list[nn.Module] = [source] if tied else [source, output]
-    bias = getattr(output, "bias", None)
-    for tensor in [*(part.weight for part in parts), *([] if bias is None else [bias])]:
+    for part in parts:
         for row, old in pieces.items():
-            tensor[row] = tensor[old].mean(0)
+            part.weight[row] = part.weight[old].mean(0)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(part)]: sorted(pieces) for part in parts}
