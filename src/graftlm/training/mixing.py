@@ -33,7 +33,7 @@ class DomainMix(Dataset):
 
     Args:
         new: rows (mappings) of the new domain.
-        original: rows of the original domain, or of a proxy of it.
+        original: rows of the original domain, or of a proxy of it; None with a share of 0.
         share: p, from 0 to 1.
         length: n, the sequences of the run: steps x batch size x accumulation steps x processes. None: as many as the
             new domain has to be read once.
@@ -56,9 +56,15 @@ class DomainMix(Dataset):
         (8, 2)
     """
 
-    def __init__(self, new: Rows, original: Rows, *, share: float = 0.1, length: int | None = None, seed: int = 0):
+    def __init__(
+        self, new: Rows, original: Rows | None, *, share: float = 0.1, length: int | None = None, seed: int = 0
+    ):
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise SetupError("the share of original-domain sequences is no share", found=repr(share), allowed="0 to 1")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise SetupError("the seed of a mix is no seed", found=f"seed={seed!r}", allowed="0, 1, 2, …")
+        for rows, name in ((new, "new"), (original, "original")):
+            _check_rows(rows, name)
         if length is None:
             if share == 1:
                 raise SetupError(
@@ -75,7 +81,7 @@ class DomainMix(Dataset):
                 found=f"share={share}, length={length}",
                 allowed=f"share from {0.5 / length:.2g}, or share=0 for none",
             )
-        self._sources: dict[int, Rows] = {ORIGINAL: original, NEW: new}
+        self._sources: dict[int, Rows] = {ORIGINAL: [] if original is None else original, NEW: new}
         counts = {ORIGINAL: self.originals, NEW: length - self.originals}
         for domain, name in ((ORIGINAL, "original"), (NEW, "new")):
             if counts[domain] and not len(self._sources[domain]):
@@ -111,6 +117,17 @@ class DomainMix(Dataset):
                 allowed="columns such as input_ids, attention_mask, labels; none called domain",
             )
         return {**row, "domain": domain}
+
+
+def _check_rows(rows: object, name: str) -> None:
+    if rows is not None and not hasattr(type(rows), "__len__"):
+        raise DataError(
+            f"the rows of the {name} domain cannot be counted and asked for by number, as a mix does",
+            found=type(rows).__name__,
+            allowed="a datasets.Dataset, a list",
+            fix=f"list({name}.take(10_000)), or a share that holds in the mean only: datasets.interleave_datasets(["
+            "original.map(lambda row: {'domain': 0}), new.map(lambda row: {'domain': 1})], probabilities=[0.1, 0.9])",
+        )
 
 
 def _order(count: int, available: int, seed: int, domain: int) -> np.ndarray:
