@@ -56,6 +56,20 @@ def test_sparse_inference_with_every_gate_closed_or_open_in_training_and_from_a_
 def test_only_a_relu_gate_can_be_sparse():
     with pytest.raises(SetupError, match="exactly zero"):
         graftlm.NeutralResiduesConfig(gate="elu", sparse_inference=True)
+    for gate in ("elu", "none"):
+        model, batch = adapted("llama", gate=gate), tiny_batch("llama", "causal_lm")
+        model.peft_config["default"].sparse_inference = True
+        with pytest.raises(SetupError, match=f'gate="{gate}", sparse_inference=True'):
+            outputs(model, batch)
+        model.train()(**batch, domain=[0, 1, 0, 1]).loss.backward()
+
+
+def test_statistics_leave_modules_in_their_modes():
+    model = adapted("llama").train()
+    model.base_model.model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    graftlm.gate_statistics(model, {"eng": [tiny_batch("llama", "causal_lm")]})
+    assert [module.training for module in model.modules()] == before and True in before and False in before
 
 
 @pytest.mark.parametrize("sparse", [False, True])

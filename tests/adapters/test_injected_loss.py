@@ -252,8 +252,10 @@ def test_what_would_be_silently_wrong_is_an_error():
         model(**batch, domain=[0, 1, 7, 0])
     with pytest.raises(SetupError, match="given twice"), graftlm.domain(DOMAINS):
         model(**batch, domain=DOMAINS)
+    with pytest.raises(SetupError, match=r"no numbers(.|\n)*'new'"):
+        model(**batch, domain=["new", "old", "new", "old"])
     own = functional.cross_entropy(model(**batch, domain=DOMAINS).logits.flatten(0, 1), batch["input_ids"].flatten())
-    with pytest.raises(SetupError, match=r"follows the gradient of outputs\.loss"):
+    with pytest.raises(SetupError, match=r"follows the gradient of outputs\.loss(.|\n)*label_smoothing_factor=0"):
         own.backward()
 
 
@@ -330,6 +332,43 @@ def test_an_eye_on_the_gates_changes_no_gradient(through):
     model(**batch).loss.backward()
     close(gradients(model), by_hand(base, weights_of(model), batch, "llama", alpha=0.0)[0], **NEAR)
     assert len(domains_of(model).call.opened) == 3 and not domains_of(model).call.values
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_evaluation_that_fails_between_forward_and_backward_changes_nothing(reentrant):
+    base, model, batch = pair()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    loss = model(**batch, domain=DOMAINS).loss
+    with pytest.raises(IndexError), torch.no_grad():
+        model(input_ids=torch.full((2, 3), 1000))
+    loss.backward()
+    close(gradients(model), by_hand(base, weights_of(model), batch, "llama")[0], **NEAR)
+
+
+def test_a_mask_of_any_shape_where_the_labels_say_which_tokens_count():
+    base, model, batch = pair()
+    length = batch["input_ids"].shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None]
+    model(**(batch | {"attention_mask": seen}), domain=DOMAINS).loss.backward()
+    wanted, _ = by_hand(base, weights_of(model), batch, "llama")
+    close(gradients(model), wanted, **NEAR)
+    bert = adapted("bert", HEAD).double().train()
+    batch = tiny_batch("bert", HEAD)
+    with pytest.raises(SetupError, match="labels of one number a token"):
+        bert(**(batch | {"attention_mask": batch["attention_mask"][:, None, None].bool()}), domain=DOMAINS)
+
+
+def test_a_layer_on_another_device_than_the_batch():
+    _, model, batch = pair()
+    model(**batch, domain=DOMAINS)
+    call, config = domains_of(model).call, model.peft_config["default"]
+    layer = model.base_model.model.model.layers[0].mlp
+    elsewhere = torch.ones(*batch["input_ids"].shape, 16, device="meta", requires_grad=True)
+    assert layer._l1(elsewhere, call, config).device.type == "meta"
+    assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"
+    config.penalty = "cross_entropy"
+    assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"
 
 
 def test_an_evaluation_between_forward_and_backward_changes_nothing():

@@ -38,7 +38,7 @@ class PenalisedLayer(AdapterLayer):
 
     @property
     def penalised(self) -> bool:
-        """Whether it has a penalty as well."""
+        """Whether that adapter has a penalty."""
         raise NotImplementedError
 
     @property
@@ -101,7 +101,7 @@ class Domains:
     def install(self, model: nn.Module) -> None:
         """Hooks itself to the base model."""
         model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after)
+        model.register_forward_hook(self.after, always_call=True)
 
     def remove(self, model: nn.Module) -> None:
         """Takes the hooks off again."""
@@ -109,6 +109,7 @@ class Domains:
             for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[number]
                 model._forward_pre_hooks_with_kwargs.pop(number, None)
+                model._forward_hooks_always_called.pop(number, None)
 
     @property
     def running(self) -> Call | None:
@@ -122,7 +123,13 @@ class Domains:
             raise SetupError("the domain of the sequences is given twice: in the batch and by graftlm.domain")
         training: list[PenalisedLayer] = []
         if model.training and torch.is_grad_enabled():
-            training = [part for part in model.modules() if isinstance(part, PenalisedLayer) and part.trains]
+            training = [part for part in model.modules() if isinstance(part, PenalisedLayer)]
+            if getattr(model, "_is_replica", False) and any(part.penalised for part in training):
+                raise SetupError(
+                    "the penalty does not work in torch.nn.DataParallel: its copies of the model train nothing",
+                    fix="one process a GPU (torchrun, accelerate launch), or CUDA_VISIBLE_DEVICES=0",
+                )
+            training = [part for part in training if part.trains]
         layers = sum(part.penalised for part in training)
         # where it is silent an earlier pass stays: checkpointing may still have to run its layers again
         self.silent = not (layers or (self.watched and training))
@@ -142,9 +149,9 @@ class Domains:
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Sees to it that the gradient which arrives at the loss becomes known."""
+        """Sees to it that the gradient which arrives at the loss becomes known; called where a pass has failed too."""
         call, self.silent = self.running, False
-        if call is None or not call.layers or not torch.is_grad_enabled():
+        if output is None or call is None or not call.layers or not torch.is_grad_enabled():
             return output
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
@@ -224,9 +231,10 @@ class _Inject(torch.autograd.Function):
         if call.scale is None:
             raise SetupError(
                 "the penalty follows the gradient of outputs.loss, and backward did not come through it",
-                found="a loss that was computed from the logits, or two forward passes before one backward under "
-                "reentrant gradient checkpointing",
-                fix="outputs = model(**batch, labels=…); outputs.loss.backward(); or graftlm.with_penalty(model, loss)",
+                found="a loss that was computed from the logits, as a Trainer does with label_smoothing_factor or "
+                "compute_loss_func, or two forward passes before one backward under reentrant gradient checkpointing",
+                fix="label_smoothing_factor=0; outputs = model(**batch, labels=…); outputs.loss.backward(); or "
+                "graftlm.with_penalty(model, loss)",
             )
         if ctx.key in call.done:
             raise SetupError(
@@ -255,7 +263,14 @@ class _Attach(torch.autograd.Function):
 def _call(model: nn.Module, batch: Batch, layers: int, args: tuple, kwargs: dict[str, Any]) -> Call:
     inputs = _inputs(args, kwargs)
     shape, device = inputs.shape[:2], inputs.device
-    domains = torch.as_tensor(batch.domains, device=device)
+    try:
+        domains = torch.as_tensor(batch.domains, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SetupError(
+            "the domain labels are no numbers",
+            found=repr(batch.domains)[:60],
+            allowed="0 (original domain) and 1 (new domain) for each sequence",
+        ) from error
     known = (domains == ORIGINAL) | (domains == NEW)
     if domains.shape != shape[:1] or not bool(known.all()):
         raise SetupError(
@@ -280,18 +295,19 @@ def counted_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dic
     """
     inputs = _inputs(args, kwargs)
     shape, device = inputs.shape[:2], inputs.device
-    targets, mask = kwargs.get("labels"), _mask(kwargs.get("attention_mask"), shape, device)
+    targets = kwargs.get("labels")
     per_token = isinstance(targets, Tensor) and targets.ndim == 2
+    if _is_causal(model) and isinstance(targets, Tensor) and per_token:
+        predicts = torch.zeros(shape, dtype=torch.bool, device=device)
+        predicts[:, :-1] = targets[:, 1:].to(device) != _IGNORED
+        return {"layer": predicts, "encoder": predicts}
+    mask = _mask(kwargs.get("attention_mask"), shape, device)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoded = targets if per_token else kwargs.get("decoder_input_ids")
         decoded = inputs if decoded is None else decoded
         behind = decoded != _IGNORED if per_token else None
         asked = kwargs.get("decoder_attention_mask")
         return {"encoder": mask, "decoder": _mask(asked if asked is not None else behind, decoded.shape[:2], device)}
-    if _is_causal(model) and isinstance(targets, Tensor) and per_token:
-        predicts = torch.zeros_like(mask)
-        predicts[:, :-1] = targets[:, 1:].to(device) != _IGNORED
-        mask = predicts
     return {"layer": mask, "encoder": mask}
 
 
@@ -315,7 +331,7 @@ def _mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
         raise SetupError(
             "which tokens are padding cannot be read from this attention mask",
             found=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
-            allowed=f"shape {tuple(shape)}",
+            allowed=f"shape {tuple(shape)}; in a causal LM any, with labels of one number a token",
         )
     return mask.to(device) != 0
 
