@@ -365,7 +365,7 @@ def test_a_layer_on_another_device_than_the_batch():
     call, config = domains_of(model).call, model.peft_config["default"]
     layer = model.base_model.model.model.layers[0].mlp
     elsewhere = torch.ones(*batch["input_ids"].shape, 16, device="meta", requires_grad=True)
-    assert layer._l1(elsewhere, call, config).device.type == "meta"
+    assert layer._l1(elsewhere, (), call, config).device.type == "meta"
     assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"
     config.penalty = "cross_entropy"
     assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"

@@ -10,6 +10,8 @@ division by the accumulation steps) and this batch's share of what the loss is a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,17 +185,25 @@ def with_penalty(model: nn.Module, loss: Tensor) -> Tensor:
     return _Arrival.apply(loss, domains.call)
 
 
-def inject(x: Tensor, direction: Tensor, weights: Tensor, call: Call, key: str) -> Tensor:
-    """x, whose gradient will be that of the loss plus ``weights * direction``.
+def inject(
+    x: Tensor, direction: Callable[..., Tensor], parts: Sequence[Tensor], weights: Tensor, call: Call, key: str
+) -> Tensor:
+    """x, whose gradient will be that of the loss plus ``weights * direction(*parts)``.
 
     Args:
         x: (batch, length, size), activations of a layer.
-        direction: of x's shape: dℓ/dx.
+        direction: what makes dℓ/dx, of x's shape, in the backward pass.
+        parts: what it is made of, and all that is kept: best what is kept anyway.
         weights: (batch, length), the factor of each token.
         call: the pass that x belongs to.
         key: of the layer, one of its own in `call`.
     """
-    return _Inject.apply(x, direction.detach(), weights, call, key)
+    return _Inject.apply(x, weights, call, key, direction, *(part.detach() for part in parts))
+
+
+def product_of_signs(*parts: Tensor) -> Tensor:
+    """The sign of a product, without the product."""
+    return math.prod(part.sign() for part in parts)
 
 
 def attach(x: Tensor, other: Tensor) -> Tensor:
@@ -217,8 +227,11 @@ class _Arrival(torch.autograd.Function):
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, direction: Tensor, weights: Tensor, call: Call, key: str) -> Tensor:
-        ctx.save_for_backward(direction)
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, call: Call, key: str, direction: Callable[..., Tensor], *parts: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.direction = direction
         # not saved: where checkpointing runs the layer again, another batch may be the running one by then
         ctx.call, ctx.key, ctx.weights = call, key, weights
         return x.view_as(x)
@@ -226,7 +239,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        (direction,) = ctx.saved_tensors
+        parts = ctx.saved_tensors
         call: Call = ctx.call
         if call.scale is None:
             raise SetupError(
@@ -244,20 +257,20 @@ class _Inject(torch.autograd.Function):
             )
         call.done.add(ctx.key)
         factor = ctx.weights * call.scale.to(ctx.weights)
-        return gradient + (factor[..., None] * direction).to(gradient.dtype), None, None, None, None
+        added = factor[..., None] * ctx.direction(*parts)
+        return gradient + added.to(gradient.dtype), *[None] * (4 + len(parts))
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
-        ctx.save_for_backward(other)
+        ctx.other = {"size": other.shape, "dtype": other.dtype}
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        (other,) = ctx.saved_tensors
-        return gradient, torch.zeros_like(other)
+        return gradient, gradient.new_zeros(**ctx.other)
 
 
 def _call(model: nn.Module, batch: Batch, layers: int, args: tuple, kwargs: dict[str, Any]) -> Call:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from graftlm.adapters import checkpoint, registry
-from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject
+from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject, product_of_signs
 from graftlm.adapters.neutral_config import PREFIX, NeutralResiduesConfig, size_of
 from graftlm.adapters.tuner import SublayerModel, places, width_of
 from graftlm.architectures import Sublayer, describe, unwrapped
@@ -129,16 +129,18 @@ class NeutralResidues(PenalisedLayer):
         sparse = config.sparse_inference and not self.training
         if sparse:
             config.check_sparse()  # it may have been switched on since
+        parts: tuple[Tensor, ...] = ()
         if gate is None:
             residue = self._glu(adapter, n)
         elif sparse:
             residue = self._of_open_tokens(adapter, n, gate)
         else:
-            residue = gate * self._glu(adapter, n)
+            parts = gate, self._glu(adapter, n)  # the product keeps both for its backward pass
+            residue = gate * parts[1]
         if self.watcher is not None and adapter == self.active_here[-1]:
             self.watcher(self, gate, residue)
         if call is not None and call.layers and config.penalty == "l1":
-            residue = self._l1(residue, call, config)
+            residue = self._l1(residue, parts, call, config)
         return residue
 
     def _glu(self, adapter: str, n: Tensor) -> Tensor:
@@ -156,12 +158,14 @@ class NeutralResidues(PenalisedLayer):
             call.opened[self.place] = ((z.detach()[..., 0] > 0) & new).any()
         return self._cross_entropy(z, call, config) if call.layers and config.penalty == "cross_entropy" else z
 
-    def _l1(self, r: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
+    def _l1(self, r: Tensor, parts: tuple[Tensor, ...], call: Call, config: NeutralResiduesConfig) -> Tensor:
+        """`parts`: whose product r is, where there are any."""
         tokens = self._tokens(r, call)
         original = tokens & ~call.new.to(r.device)[:, None]
         count = original.sum() if config.original_share is None else config.original_share * tokens.sum()
         share = original / (count.clamp(min=torch.finfo(torch.float32).tiny) * call.layers * r.shape[-1])
-        return self._inject(r, r.detach().sign(), r.detach().abs().sum(-1), share, call, config)
+        parts = parts or (r.detach().sign().to(torch.int8),)
+        return self._inject(r, product_of_signs, parts, r.detach().abs().sum(-1), share, call, config)
 
     def _cross_entropy(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
         tokens = self._tokens(z, call)
@@ -169,10 +173,17 @@ class NeutralResidues(PenalisedLayer):
         new = call.new[:, None, None].to(z).expand_as(z)
         each = functional.binary_cross_entropy_with_logits(logits, new, reduction="none")[..., 0]
         share = tokens / (tokens.sum().clamp(min=1) * call.layers)
-        return self._inject(z, logits.sigmoid() - new, each, share, call, config)
+        return self._inject(z, torch.clone, (logits.sigmoid() - new,), each, share, call, config)
 
     def _inject(
-        self, x: Tensor, direction: Tensor, each: Tensor, share: Tensor, call: Call, config: NeutralResiduesConfig
+        self,
+        x: Tensor,
+        direction: Callable[..., Tensor],
+        parts: tuple[Tensor, ...],
+        each: Tensor,
+        share: Tensor,
+        call: Call,
+        config: NeutralResiduesConfig,
     ) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         share = share.to(precise)
@@ -180,7 +191,7 @@ class NeutralResidues(PenalisedLayer):
         weights = config.penalty_weight * share
         if call.part is not None:
             weights = weights * torch.as_tensor(call.part, device=weights.device)
-        return inject(x, direction, weights, call, self.place)
+        return inject(x, direction, parts, weights, call, self.place)
 
     def _tokens(self, x: Tensor, call: Call) -> Tensor:
         tokens = call.tokens[self.stack]
