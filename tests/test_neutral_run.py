@@ -161,6 +161,21 @@ def test_a_gate_that_stays_closed_is_named_without_a_penalty_too(tmp_path, caplo
         assert "opens the gates of one layer" in (recipe.folder / page).read_text(encoding="utf-8")
 
 
+def test_every_setting_reaches_the_adapter(tmp_path):
+    settings = "penalty: l1, original_share: 0.5, activation: relu, layers_to_transform: [0, 2], gate: sigmoid"
+    recipe = recipe_of(folder_of(tmp_path), f"adapter={{method: neutral_residues, {settings}}}")
+    assert recipe.changed().adapter == recipe.adapter
+    config = prepare(recipe, tmp_path / "run", progress=False).loaded.model.peft_config["default"]
+    assert (config.penalty, config.original_share, config.activation) == ("l1", 0.5, "relu")
+    assert config.layers_to_transform == [0, 2] and config.size["blocks"] == 2
+    default = recipe_of(tmp_path).adapter
+    assert (default.activation, default.original_share, default.layers_to_transform) == ("silu", "auto", None)
+    found = prepare(recipe_of(tmp_path, "adapter.original_share=null"), tmp_path / "run", progress=False)
+    assert found.loaded.model.peft_config["default"].original_share is None
+    with pytest.raises(RecipeError, match="original_share"):
+        recipe_of(tmp_path, "adapter.original_share=1.5")
+
+
 def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):
     folder = folder_of(tmp_path)
     found = check(recipe_of(folder))
@@ -227,6 +242,7 @@ def test_the_page_shows_a_recipe_and_a_trainer(tmp_path):
     )
     names = {"base": tiny_model("llama", "causal_lm"), "tokenizer": tiny_tokenizer(), "args": arguments}
     names |= {"french": rows, "english": rows, "max_steps": 2, "batch_size": 4}
+    torch.manual_seed(0)  # of the gates
     exec(blocks[1][1], names)
     names["trainer"].train()
     assert ["penalty" in row for row in names["trainer"].state.log_history if "loss" in row] == [True, True]

@@ -162,7 +162,8 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
     examples = train.features
     if original is not None:
         examples = mixed(recipe, train.features, original.features, arguments)
-        if recipe.adapter.method == "neutral_residues" and examples.mix.originals:
+        counted = recipe.adapter.method == "neutral_residues" and recipe.adapter.original_share == "auto"
+        if counted and examples.mix.originals:
             adapted: Any = loaded.model
             adapted.active_peft_config.original_share = examples.token_share()
     dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
