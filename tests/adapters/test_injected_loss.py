@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from adapters.neutrals import adapted, reference, weights_of
+from adapters.neutrals import adapted, randomised, reference, weights_of
 from datasets import Dataset
+from peft import get_peft_model
 from tiny import ARCHITECTURES, DECODERS, ENCODER_DECODERS, tiny_batch, tiny_model
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import graftlm
 from graftlm.adapters.injected_loss import domains_of
@@ -102,6 +103,19 @@ def test_gradients_are_those_of_the_loss_and_the_term(architecture, checkpointin
     assert domains_of(model).call.term() == pytest.approx(term, rel=1e-6)
     without, _ = by_hand(base, weights_of(model), batch, architecture, tokens=tokens, alpha=0.0)
     assert any((without[name] - wanted[name]).abs().max() > 1e-4 for name in wanted if "residues" in name)
+
+
+def test_the_first_gemma():
+    """Of Llama's structure: no norm behind the block. It is no architecture of the other tests."""
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"num_hidden_layers": 3, "head_dim": 4, "vocab_size": 96, "pad_token_id": 0}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **settings)).double()
+    batch = tiny_batch("llama", "causal_lm")
+    model = get_peft_model(copy.deepcopy(base), graftlm.NeutralResiduesConfig(penalty_weight=ALPHA))
+    assert torch.equal(model.eval()(**batch).logits, base.eval()(**batch).logits)
+    model = randomised(model).double().train()
+    model(**batch, domain=DOMAINS).loss.backward()
+    close(gradients(model), by_hand(base.train(), weights_of(model), batch, "llama")[0], **NEAR)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -328,7 +342,7 @@ def test_where_no_label_is_needed():
 def test_an_eye_on_the_gates_changes_no_gradient(through):
     base, model, batch = pair(penalty_through_input=through)
     model.peft_config["default"].penalty_weight = 0.0
-    domains_of(model).watched = True
+    domains_of(model).looks_at_gates = True
     model(**batch).loss.backward()
     close(gradients(model), by_hand(base, weights_of(model), batch, "llama", alpha=0.0)[0], **NEAR)
     assert len(domains_of(model).call.opened) == 3 and not domains_of(model).call.values
@@ -366,9 +380,9 @@ def test_a_layer_on_another_device_than_the_batch():
     layer = model.base_model.model.model.layers[0].mlp
     elsewhere = torch.ones(*batch["input_ids"].shape, 16, device="meta", requires_grad=True)
     assert layer._l1(elsewhere, (), call, config).device.type == "meta"
-    assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"
+    assert layer._at_gate(elsewhere[..., :1], call, config).device.type == "meta"
     config.penalty = "cross_entropy"
-    assert layer._watched(elsewhere[..., :1], call, config).device.type == "meta"
+    assert layer._at_gate(elsewhere[..., :1], call, config).device.type == "meta"
 
 
 def test_an_evaluation_between_forward_and_backward_changes_nothing():

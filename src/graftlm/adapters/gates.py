@@ -79,7 +79,7 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
                 here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
                 here.pop("domain", None)
                 tokens = counted_tokens(base, (), here)
-                with _watch(layers, tokens, sums):
+                with _counting(layers, tokens, sums):
                     model(**here)
             for layer in layers:
                 count, opened, value, size = sums[layer.place].tolist()
@@ -94,7 +94,7 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
 
 
 @contextmanager
-def _watch(layers: list[NeutralResidues], tokens: dict[str, Tensor], sums: dict[str, Tensor]) -> Iterator[None]:
+def _counting(layers: list[NeutralResidues], tokens: dict[str, Tensor], sums: dict[str, Tensor]) -> Iterator[None]:
     def seen(layer: NeutralResidues, gate: Tensor | None, residue: Tensor) -> None:
         mask = tokens[layer.stack].to(residue.device)
         opened, value = (mask.sum() * 0, mask.sum() * 0) if gate is None else ((gate[mask] > 0).sum(), gate[mask].sum())
@@ -102,9 +102,9 @@ def _watch(layers: list[NeutralResidues], tokens: dict[str, Tensor], sums: dict[
         sums[layer.place] += torch.stack([part.double().cpu() for part in (mask.sum(), opened, value, size)])
 
     for layer in layers:
-        layer.watcher = seen
+        layer.on_gate = seen
     try:
         yield
     finally:
         for layer in layers:
-            layer.watcher = None
+            layer.on_gate = None

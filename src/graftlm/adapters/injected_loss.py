@@ -89,16 +89,16 @@ class Domains:
     Its two methods are hooks of the base model.
 
     Attributes:
-        watched: whether gates are looked at where nothing is penalised too; see `graftlm.PenaltyLog`.
+        looks_at_gates: whether gates are looked at where nothing is penalised too; see `graftlm.PenaltyLog`.
     """
 
     def __init__(self) -> None:
         self.call: Call | None = None
         self.silent = False
-        self.watched = False
+        self.looks_at_gates = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"call": None, "silent": False, "watched": False}  # copies and files of the model hold no batch
+        return {"call": None, "silent": False, "looks_at_gates": False}  # copies and files of the model hold no batch
 
     def install(self, model: nn.Module) -> None:
         """Hooks itself to the base model."""
@@ -134,7 +134,7 @@ class Domains:
             training = [part for part in training if part.trains]
         layers = sum(part.penalised for part in training)
         # where it is silent an earlier pass stays: checkpointing may still have to run its layers again
-        self.silent = not (layers or (self.watched and training))
+        self.silent = not (layers or (self.looks_at_gates and training))
         if not self.silent:
             batch = around or (None if given is None else Batch(given))
             if batch is None and not layers:

@@ -44,7 +44,7 @@ class NeutralResidues(PenalisedLayer):
         self.neutral_residues_activation = nn.ModuleDict()
         self.neutral_residues_configs: dict[str, NeutralResiduesConfig] = {}
         self.place, self.stack, self._domains = place.name, place.layer.stack, domains
-        self.watcher: Callable[[NeutralResidues, Tensor | None, Tensor], None] | None = None
+        self.on_gate: Callable[[NeutralResidues, Tensor | None, Tensor], None] | None = None
         self._waiting: Tensor | None = None
         norm = _norm_behind(place)
         self._handle = norm.register_forward_hook(self._behind_norm) if norm is not None else None
@@ -124,7 +124,7 @@ class NeutralResidues(PenalisedLayer):
         n = self._cast_input_dtype(x, leaves[_OUT].weight.dtype)
         z = leaves[_GATE](n) if config.gate != "none" else None
         if z is not None and call is not None:
-            z = self._watched(z, call, config)
+            z = self._at_gate(z, call, config)
         gate = _GATES[config.gate](z) if z is not None else None
         sparse = config.sparse_inference and not self.training
         if sparse:
@@ -137,8 +137,8 @@ class NeutralResidues(PenalisedLayer):
         else:
             parts = gate, self._glu(adapter, n)  # the product keeps both for its backward pass
             residue = gate * parts[1]
-        if self.watcher is not None and adapter == self.active_here[-1]:
-            self.watcher(self, gate, residue)
+        if self.on_gate is not None and adapter == self.active_here[-1]:
+            self.on_gate(self, gate, residue)
         if call is not None and call.layers and config.penalty == "l1":
             residue = self._l1(residue, parts, call, config)
         return residue
@@ -152,7 +152,7 @@ class NeutralResidues(PenalisedLayer):
         found = gate[opened] * self._glu(adapter, n[opened])
         return found.new_zeros(n.shape).index_put((opened,), found)
 
-    def _watched(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
+    def _at_gate(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
         if config.gate == "relu":
             new = self._tokens(z, call) & call.new.to(z.device)[:, None]
             call.opened[self.place] = ((z.detach()[..., 0] > 0) & new).any()

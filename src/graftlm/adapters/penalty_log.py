@@ -51,13 +51,13 @@ class PenaltyLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if (domains := domains_of(model)) is not None:
-            domains.watched = True
+            domains.looks_at_gates = True
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._all[1] and not self._all[0]:
             self._warn_of_share(model, state.global_step)
         if (domains := domains_of(model)) is not None:
-            domains.watched = False
+            domains.looks_at_gates = False
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         domains = domains_of(model)
