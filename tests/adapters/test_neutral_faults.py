@@ -68,6 +68,10 @@ def test_a_base_without_rows_for_the_new_tokens(tmp_path):
     randomised(model).save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ModelError, match=r"96 rows, and token 97(.|\n)*resize_token_embeddings\(98\)"):
         PeftModel.from_pretrained(small, tmp_path)
+    for name in ("embed_tokens", "model.embed_tokens"):  # PEFT looks at the end of a name
+        config = graftlm.NeutralResiduesConfig(trainable_token_indices={name: [5, 97]})
+        with pytest.raises(ModelError, match="96 rows, and token 97"):
+            get_peft_model(copy.deepcopy(small), config)
     small.resize_token_embeddings(98)
     batch = tiny_batch("llama", "causal_lm")
     batch["input_ids"][:, 1] = 97

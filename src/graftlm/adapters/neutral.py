@@ -267,9 +267,11 @@ class NeutralResiduesModel(SublayerModel):
 
 def _check_rows(config: NeutralResiduesConfig, model: nn.Module) -> None:
     rows = config.trainable_token_indices or {}
-    for name, chosen in (rows if isinstance(rows, dict) else {describe(model).embeddings[0]: rows}).items():
-        there = len(model.get_submodule(name).weight)
-        if chosen and max(chosen) >= there:
+    rows = rows if isinstance(rows, dict) else {describe(model).embeddings[0]: rows}
+    for name, module in model.named_modules():
+        chosen = [row for end, found in rows.items() if f".{name}".endswith(f".{end}") for row in found]  # PEFT's rule
+        there = len(getattr(module, "weight", ())) if chosen else 0
+        if there and max(chosen) >= there:
             raise ModelError(
                 "the adapter has rows for tokens that the model does not know",
                 found=f"{name}: {there} rows, and token {max(chosen)}",
