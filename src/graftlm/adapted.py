@@ -135,7 +135,7 @@ def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple
 def _with_neutral_residues(
     recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...], rows: Rows
 ) -> Loaded:
-    chosen = recipe.adapter
+    chosen, share = recipe.adapter, recipe.adapter.original_share
     config = NeutralResiduesConfig(
         task_type=task.peft_type,
         added_parameters=chosen.added_parameters,
@@ -143,7 +143,7 @@ def _with_neutral_residues(
         gate=chosen.gate,
         penalty=chosen.penalty,
         penalty_weight=chosen.penalty_weight,
-        original_share=None if chosen.original_share == "auto" else chosen.original_share,  # auto: once it is counted
+        original_share=share if isinstance(share, float) else None,  # auto: once it is counted
         penalty_through_input=chosen.penalty_through_input,
         initialisation=chosen.initialisation,
         activation=chosen.activation,

@@ -10,9 +10,9 @@ division by the accumulation steps) and this batch's share of what the loss is a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ def inject(
 
 def product_of_signs(*parts: Tensor) -> Tensor:
     """The sign of a product, without the product."""
-    return math.prod(part.sign() for part in parts)
+    return reduce(torch.mul, (part.sign() for part in parts))
 
 
 def attach(x: Tensor, other: Tensor) -> Tensor:
