@@ -23,6 +23,7 @@ from graftlm.cli import app
 from graftlm.errors import DataError, RecipeError
 from graftlm.evaluation.result import Result
 from graftlm.folder import load
+from graftlm.neutral_run import penalty_size
 from graftlm.prepare import prepare
 from graftlm.recipe import load_recipe
 from graftlm.run import run_recipe
@@ -114,7 +115,8 @@ def test_the_gradient_of_a_run_is_that_of_the_loss_and_the_term(tmp_path):
     with reference(base, weights, "llama") as seen:
         logits = base(**inputs).logits
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-    term = term_by_hand(seen, predicting(batch), batch["domain"], share=0.25)
+    share = model.peft_config["default"].original_share
+    term = term_by_hand(seen, predicting(batch), batch["domain"], share=share)
     (loss / items + 20 / 3 * term).backward()
     found = gradients(model)
     for name, tensor in weights.items():
@@ -135,7 +137,12 @@ def test_result_log_adapter_gates_and_report(made):
     assert "Where does the adapter speak?" in page and "English (known before)" in page
     assert f"{100 * gates['rows'][0]['open']:.1f}" in page
     assert "neutral residues" in page
-    assert load(folder).peft_config["default"].original_share == 0.25
+    mix = prepare(recipe_of(made[0]), folder / "again", progress=False).trainer.train_dataset
+    tokens = Counter()
+    for row in map(mix.__getitem__, range(3 * len(mix))):
+        tokens[row["domain"]] += sum(label != -100 for label in row["labels"][1:])
+    share = load(folder).peft_config["default"].original_share
+    assert share == pytest.approx(tokens[0] / tokens.total()) and share != 0.25
 
 
 def test_a_gate_that_stays_closed_is_named_without_a_penalty_too(tmp_path, caplog):
@@ -154,6 +161,21 @@ def test_a_gate_that_stays_closed_is_named_without_a_penalty_too(tmp_path, caplo
         assert "opens the gates of one layer" in (recipe.folder / page).read_text(encoding="utf-8")
 
 
+def test_every_setting_reaches_the_adapter(tmp_path):
+    settings = "penalty: l1, original_share: 0.5, activation: relu, layers_to_transform: [0, 2], gate: sigmoid"
+    recipe = recipe_of(folder_of(tmp_path), f"adapter={{method: neutral_residues, {settings}}}")
+    assert recipe.changed().adapter == recipe.adapter
+    config = prepare(recipe, tmp_path / "run", progress=False).loaded.model.peft_config["default"]
+    assert (config.penalty, config.original_share, config.activation) == ("l1", 0.5, "relu")
+    assert config.layers_to_transform == [0, 2] and config.size["blocks"] == 2
+    default = recipe_of(tmp_path).adapter
+    assert (default.activation, default.original_share, default.layers_to_transform) == ("silu", "auto", None)
+    found = prepare(recipe_of(tmp_path, "adapter.original_share=null"), tmp_path / "run", progress=False)
+    assert found.loaded.model.peft_config["default"].original_share is None
+    with pytest.raises(RecipeError, match="original_share"):
+        recipe_of(tmp_path, "adapter.original_share=1.5")
+
+
 def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):
     folder = folder_of(tmp_path)
     found = check(recipe_of(folder))
@@ -169,6 +191,21 @@ def test_check_shows_the_size_the_penalty_and_both_texts(tmp_path):
     assert "penalty:" in shown.output and "hidden units" in shown.output, shown.output
     assert not found.advice and "advice:" not in shown.output
     assert check(raw_recipe(folder, SETTINGS[0])).penalty is None  # LoRA with replay
+
+
+def test_dropout_does_not_pass_for_the_gradient_of_the_penalty(tmp_path):
+    folder = raw_folder(tmp_path, "causal_lm", "gpt2", dropout=0.1)
+    write_rows(folder / "replay.jsonl", [{"text": text} for text in chain(9, 5, first=30)])
+    small, large = (check(recipe_of(folder, f"adapter.penalty_weight={weight}")).penalty for weight in (0.01, 10))
+    assert large.gradients == pytest.approx(1000 * small.gradients, rel=0.05)
+
+
+def test_a_penalty_without_originals_cannot_be_measured(tmp_path):
+    prepared = prepare(recipe_of(folder_of(tmp_path)), tmp_path / "run", progress=False)
+    new = [row for row in map(prepared.trainer.train_dataset.__getitem__, range(60)) if row["domain"]]
+    prepared.trainer.get_train_dataloader = lambda: [prepared.trainer.data_collator(new[:8])]
+    with pytest.raises(DataError, match=r"no sequence of the original domain(.|\n)*mixing\.share"):
+        penalty_size(prepared.trainer, prepared.recipe)
 
 
 @pytest.mark.parametrize(("weight", "says"), [(0.01, "hardly counts"), (1e4, "outweighs the loss")])
@@ -205,6 +242,7 @@ def test_the_page_shows_a_recipe_and_a_trainer(tmp_path):
     )
     names = {"base": tiny_model("llama", "causal_lm"), "tokenizer": tiny_tokenizer(), "args": arguments}
     names |= {"french": rows, "english": rows, "max_steps": 2, "batch_size": 4}
+    torch.manual_seed(0)  # of the gates
     exec(blocks[1][1], names)
     names["trainer"].train()
     assert ["penalty" in row for row in names["trainer"].state.log_history if "loss" in row] == [True, True]
@@ -223,6 +261,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="there is none"):
         raw_recipe(folder, SETTINGS[1], "mixing={share: 0, data: replay.jsonl}")
     assert raw_recipe(folder, "adapter={method: neutral_residues, penalty_weight: 0}").mixing is None
+    with pytest.raises(RecipeError, match=r"less than half a sequence of the run(.|\n)*mixing\.share="):
+        prepare(recipe_of(folder, "mixing.share=0.001"), tmp_path / "run", progress=False)
     with pytest.raises(RecipeError, match=r"the text of data\.test\.eng too"):
         recipe_of(folder, "mixing.data=test.eng.jsonl")
     assert [source.path for source in recipe_of(folder).sources()][-1] == "replay.jsonl"

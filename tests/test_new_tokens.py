@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -12,7 +13,8 @@ from raw import byte_tokenizer, chain, raw_folder, raw_recipe
 from safetensors.torch import load_file
 from small import write_rows
 from tiny import tiny_batch, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 import graftlm
 import graftlm.prepare
@@ -26,18 +28,20 @@ from graftlm.run import run_recipe
 TEXTS = ["der Hund und der Bär", "und der Wald, und der Mond", "bärenstark under der Bärin"]
 
 
-def naive_merges(tokenizer, texts, count):
+def words_of(tokenizer, texts):
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    return Counter(word for text in texts for word, _ in split(text))
+
+
+def naive_merges(words, count, apart=""):
     """Sennrich et al., Algorithm 1, every pair counted again for every merge."""
-    words = Counter(
-        word for text in texts for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    )
     split = {word: list(word) for word in words}
     found = []
     for _ in range(count):
         pairs = Counter()
         for word, pieces in split.items():
             for pair in itertools.pairwise(pieces):
-                pairs[pair] += words[word]
+                pairs[pair] += words[word] if not {*apart} & {*pair} else 0
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         found.append("".join(best))
         for word, pieces in split.items():
@@ -56,7 +60,7 @@ def naive_merges(tokenizer, texts, count):
 def test_merges_are_those_of_a_naive_loop_and_text_comes_back(tmp_path):
     old = byte_tokenizer()
     new, pieces = extend_tokenizer(old, TEXTS, 12)
-    assert [new.convert_ids_to_tokens(one) for one in pieces] == naive_merges(old, TEXTS, 12)
+    assert [new.convert_ids_to_tokens(one) for one in pieces] == naive_merges(words_of(old, TEXTS), 12)
     assert list(pieces) == list(range(len(old), len(old) + 12)) and len(new) == len(old) + 12
     for one, parts in pieces.items():
         assert "".join(old.convert_ids_to_tokens(parts)) == new.convert_ids_to_tokens(one)
@@ -73,6 +77,69 @@ def test_merges_are_those_of_a_naive_loop_and_text_comes_back(tmp_path):
     assert old.get_vocab() == byte_tokenizer().get_vocab()
 
 
+def llama3(texts):
+    """Byte-level merges, and special tokens that are added behind them."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    made.add_special_tokens(["<|begin|>", "<|end|>", "<|pad|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+
+
+def sentencepiece(texts, kind):
+    """Characters, blanks as ▁, bytes for what is missing: Llama 2 and Gemma hand whole documents to their merges."""
+    letters = sorted({letter for text in texts for letter in text.replace(" ", "▁")} - set("äöü\n"))
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    made = Tokenizer(models.BPE({token: at for at, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    made.model.byte_fallback = made.model.fuse_unk = True
+    if kind == "gemma":
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif kind == "llama2":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def test_special_tokens_behind_the_vocabulary_keep_their_ids(tmp_path):
+    old = llama3(["the dog and the tree"] * 5)
+    special = [old.bos_token_id, old.eos_token_id, old.pad_token_id]
+    new, pieces = extend_tokenizer(old, TEXTS, 8)
+    assert list(pieces) == list(range(len(old), len(old) + 8)) and max(special) == len(old) - 1
+    new.save_pretrained(tmp_path)
+    for made in (new, AutoTokenizer.from_pretrained(tmp_path)):
+        assert made.get_vocab().items() > old.get_vocab().items() and len(made) == len(old) + 8
+        assert [made.bos_token_id, made.eos_token_id, made.pad_token_id] == special
+        assert made("der Hund<|end|>")["input_ids"][-1] == old.eos_token_id
+        ids = made(TEXTS[0])["input_ids"]
+        assert [part for one in ids for part in pieces.get(one, [one])] == old(TEXTS[0])["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama2", "llama2 legacy"])
+def test_no_new_token_crosses_a_word_or_holds_a_byte(kind):
+    texts = [text.replace(", ", "\n") for text in TEXTS] * 3
+    old = sentencepiece(texts, kind)
+    new, pieces = extend_tokenizer(old, texts, 12)
+    begin = "" if kind == "gemma" else "▁"
+    words = Counter(word for text in texts for word in re.findall(r"▁?[^▁\n]+", begin + text.replace(" ", "▁")))
+    assert [new.convert_ids_to_tokens(one) for one in pieces] == naive_merges(words, 12, apart="äöü")
+    for text in texts:
+        ids = new(text)["input_ids"]
+        assert new.decode(ids) == text and len(ids) < len(old(text)["input_ids"])
+        assert [part for one in ids for part in pieces.get(one, [one])] == old(text)["input_ids"]
+
+
 def test_words_of_a_wordpiece_vocabulary():
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "der", "hu", "##nd", "##n", "h", "##u", "##d"]
     old = BertTokenizerFast(vocab={token: at for at, token in enumerate(vocabulary)})
@@ -83,6 +150,18 @@ def test_words_of_a_wordpiece_vocabulary():
 def test_what_cannot_be_extended():
     with pytest.raises(ModelError, match="byte-pair encoding and WordPiece only"):
         extend_tokenizer(tiny_tokenizer(), TEXTS, 1)
+    with pytest.raises(DataError, match=r"count=0(.|\n)*allowed: 1, 2"):
+        extend_tokenizer(byte_tokenizer(), TEXTS, 0)
+    with pytest.raises(DataError, match="no new token"):
+        extend_model(tiny_model("llama", "causal_lm"), {})
+    for architecture in ("bert", "roberta", "distilbert", "modernbert"):  # PEFT drops their output bias
+        base = tiny_model(architecture, "masked_lm")
+        with pytest.raises(ModelError, match="output matrix without a bias(.|\\n)*96 tokens"):
+            extend_model(base, {96: [5, 6]})
+        assert len(base.get_input_embeddings().weight) == 96
+    suffixed = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
+    with pytest.raises(ModelError, match="BPE with end_of_word_suffix"):
+        extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=suffixed), TEXTS, 1)
     with pytest.raises(DataError, match="too few words"):
         extend_tokenizer(byte_tokenizer(), ["aa aa"], 50)
 

@@ -131,17 +131,20 @@ def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple
 def _with_neutral_residues(
     recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...], rows: Rows
 ) -> Loaded:
-    chosen = recipe.adapter
+    chosen, share = recipe.adapter, recipe.adapter.original_share
     config = NeutralResiduesConfig(
         task_type=task.peft_type,
         added_parameters=chosen.added_parameters,
         counts=chosen.counts,
         gate=chosen.gate,
+        penalty=chosen.penalty,
         penalty_weight=chosen.penalty_weight,
-        original_share=recipe.mixing.share if recipe.mixing and recipe.mixing.share else None,
+        original_share=share if isinstance(share, float) else None,  # auto: once it is counted
         penalty_through_input=chosen.penalty_through_input,
         initialisation=chosen.initialisation,
         dropout=chosen.dropout,
+        activation=chosen.activation,
+        layers_to_transform=None if chosen.layers_to_transform is None else list(chosen.layers_to_transform),
         sparse_inference=chosen.sparse_inference,
         trainable_token_indices=rows,
         modules_to_save=list(fresh) or None,

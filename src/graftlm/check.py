@@ -162,7 +162,8 @@ def _advice(recipe: Recipe, texts: tuple[TextCheck, ...], penalty: PenaltySize |
         name = f"data.old=[{', '.join(known)}]" if known else "data.test.TAG=HELD_OUT_TEXT data.old=[TAG]"
         yield f"what is forgotten of the old language is not measured; to measure it: {name}"
     new, old = texts[0], [row for row in texts[1:] if row.split == "mixing" or row.language in recipe.data.old]
-    if old and recipe.new_tokens is None and recipe.adapter.method in ("neutral_residues", "lora"):
+    can_have = recipe.task == "causal_lm" and recipe.adapter.method in ("neutral_residues", "lora")
+    if old and recipe.new_tokens is None and can_have:
         usual = max(row.tokens_per_word for row in old)
         if new.tokens_per_word > _MORE * usual:
             yield (

@@ -14,9 +14,9 @@ from transformers import Trainer
 
 from graftlm.adapters.gates import gate_statistics
 from graftlm.adapters.injected_loss import domains_of
-from graftlm.adapters.neutral import NeutralResidues
 from graftlm.context import ORIGINAL
 from graftlm.data import Split
+from graftlm.errors import DataError
 from graftlm.evaluation.gates_section import FILE, SCHEMA
 from graftlm.evaluation.record import write_text
 from graftlm.recipe import Recipe
@@ -58,60 +58,78 @@ def penalty_size(trainer: Trainer, recipe: Recipe) -> PenaltySize | None:
 
     Returns:
         None where the recipe has no penalty.
+
+    Raises:
+        DataError: no sequence of the original domain in an epoch.
     """
     weight = recipe.adapter.penalty_weight
     if recipe.adapter.method != "neutral_residues" or not weight or recipe.mixing is None:
         return None
-    model = trainer.model
+    model: Any = trainer.model
+    config = model.active_peft_config
     batches = _first_batches(trainer)
-    labels = torch.cat([batch["domain"] for batch in batches])
-    scale = recipe.mixing.share / max(float((labels == ORIGINAL).float().mean()), 1 / len(labels))
     _gradients(trainer, model, batches)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter -= recipe.training.learning_rate * parameter.grad.sign()
-    both, loss, term = _gradients(trainer, model, batches)
-    layers = [module for module in model.modules() if isinstance(module, NeutralResidues)]
-    configs = [config for layer in layers for config in layer.neutral_residues_configs.values()]
-    for config in configs:
-        config.penalty_weight = 0.0
+    both, loss, term, share = _gradients(trainer, model, batches)
+    config.penalty_weight = 0.0  # the layers read it there
     try:
-        alone, _, _ = _gradients(trainer, model, batches)
+        alone, *_ = _gradients(trainer, model, batches)
     finally:
-        for config in configs:
-            config.penalty_weight = weight
+        config.penalty_weight = weight
     added = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(both, alone, strict=True)))
     size = math.sqrt(sum(float(b.square().sum()) for b in alone))
+    scale = config.original_share / share if config.penalty == "l1" and config.original_share else 1.0
     return PenaltySize(weight, scale * term, loss, scale * added / size if size else math.inf)
 
 
 def _first_batches(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """The first ones, and where these hold no original the first that does."""
     batches: list[dict[str, Tensor]] = []
-    originals = 0
+    originals = seen = 0
     for batch in trainer.get_train_dataloader():
-        batches.append(batch)
-        originals += int((batch["domain"] == ORIGINAL).sum())
-        if originals >= _SEQUENCES or len(batches) == _MOST:
+        here = int((batch["domain"] == ORIGINAL).sum())
+        seen += len(batch["domain"])
+        if here or len(batches) < _MOST:
+            batches.append(batch)
+        originals += here
+        if originals >= _SEQUENCES or (originals and len(batches) >= _MOST):
             break
+    if not originals:
+        raise DataError(
+            "there is no sequence of the original domain, on which the penalty could be measured",
+            found=f"{seen} sequences of the new one",
+            fix="a larger mixing.share, or adapter.penalty_weight=0",
+        )
     return batches
 
 
 def _gradients(
     trainer: Trainer, model: nn.Module, batches: list[dict[str, Tensor]]
-) -> tuple[list[Tensor], float, float]:
-    """The mean gradient of some batches, their mean loss and mean term."""
+) -> tuple[list[Tensor], float, float, float]:
+    """The mean gradient of some batches, their mean loss, mean term and share of original tokens.
+
+    Dropout is the same each time: gradients are subtracted from each other.
+    """
     model.zero_grad()
-    losses, terms = [], []
-    for batch in batches:
-        with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(model, {key: value.to(trainer.args.device) for key, value in batch.items()})
-        (loss / len(batches)).backward()
-        losses.append(float(loss.detach()))
-        domains = domains_of(model)
-        terms.append(domains.call.term() if domains is not None and domains.call is not None else 0.0)
+    losses, terms, tokens = [], [], []
+    device = trainer.args.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(trainer.args.seed)
+        for batch in batches:
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(model, {key: value.to(device) for key, value in batch.items()})
+            (loss / len(batches)).backward()
+            losses.append(float(loss.detach()))
+            domains = domains_of(model)
+            if domains is not None and domains.call is not None:
+                terms.append(domains.call.term())
+                tokens.append(domains.call.token_counts())
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
-    return gradients, sum(losses) / len(losses), sum(terms) / len(terms)
+    original, counted, _ = torch.stack(tokens).sum(0).tolist()
+    return gradients, sum(losses) / len(losses), sum(terms) / len(terms), original / counted
 
 
 def write_gates(

@@ -14,7 +14,8 @@ from torch import nn
 
 from graftlm.errors import DataError, ModelError
 
-_UNSPLIT = re.compile(r"▁?[^▁]+|▁+")  # words of a tokenizer that splits nothing before its merges
+_UNSPLIT = re.compile(r"▁?[^▁\s]+|▁+|\s+")  # words where nothing is split before the merges, or at ▁ not
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # stands for a byte that no other token has
 _MOST_WORDS = 200_000  # distinct words that merges are learned from
 
 
@@ -35,26 +36,32 @@ def extend_tokenizer(tokenizer: Any, texts: Iterable[str], count: int) -> tuple[
         The tokenizer, and for the id of each new token the ids of the old ones that it stands for.
 
     Raises:
-        ModelError: a tokenizer of another kind.
+        ModelError: a tokenizer of another kind, or one in which old tokens would change their ids.
         DataError: a text without `count` new tokens.
 
     Source: Sennrich et al., arXiv 1508.07909, Algorithm 1, for the merges.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state["model"]["type"]
-    if kind not in ("BPE", "WordPiece"):
+    marked = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if state["model"].get(key)]
+    if kind not in ("BPE", "WordPiece") or (kind == "BPE" and marked):
         raise ModelError(
             "new tokens are learned for byte-pair encoding and WordPiece only",
-            found=f"{type(tokenizer).__name__}: {kind}",
+            found=f"{type(tokenizer).__name__}: {kind}" + (f" with {marked[0]}" if marked else ""),
             fix="leave new_tokens out",
         )
     backend = tokenizer.backend_tokenizer
+    if count < 1:
+        raise DataError("there is no new token to learn", found=f"count={count}", allowed="1, 2, …")
     words = _words(backend, texts)
     split = {word: [token.value for token in backend.model.tokenize(word)] for word in words}
     vocabulary = state["model"]["vocab"]
-    first = 1 + max(max(vocabulary.values()), max((token["id"] for token in state["added_tokens"]), default=0))
+    # a special token behind the vocabulary (Llama 3, Qwen) is in it from now on, or it would get another id
+    vocabulary |= {token["content"]: token["id"] for token in state["added_tokens"]}
+    first = 1 + max(vocabulary.values())
     if kind == "BPE":
-        merges = _merges({word: pieces for word, pieces in split.items() if len(pieces) > 1}, words, count, vocabulary)
+        whole = {state["model"].get("unk_token"), *filter(_BYTE.fullmatch, vocabulary)}
+        merges = _merges(split, words, count, vocabulary, whole)
         old = state["model"]["merges"]
         state["model"]["merges"] = old + [
             " ".join(pair) if old and isinstance(old[0], str) else pair for pair in merges
@@ -73,6 +80,12 @@ def extend_tokenizer(tokenizer: Any, texts: Iterable[str], count: int) -> tuple[
     vocabulary |= {name: first + at for at, name in enumerate(names)}
     made = copy.deepcopy(tokenizer)
     made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    if moved := sorted(dict(tokenizer.get_vocab().items() - made.get_vocab().items())):
+        raise ModelError(
+            "new tokens would give old ones other ids in this tokenizer",
+            found=f"{type(tokenizer).__name__}: {', '.join(moved[:5])}",
+            fix="leave new_tokens out",
+        )
     return made, pieces
 
 
@@ -80,21 +93,24 @@ def _words(backend: Any, texts: Iterable[str]) -> Counter[str]:
     words: Counter[str] = Counter()
     for text in texts:
         text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-        if backend.pre_tokenizer is None:
-            words.update(_UNSPLIT.findall(text))
-        else:
-            words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+        split = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+        for piece, _ in split:  # of Llama 2 and Gemma a whole document, blanks as ▁
+            words.update(_UNSPLIT.findall(piece) if "▁" in piece[1:] or backend.pre_tokenizer is None else [piece])
     return Counter(dict(words.most_common(_MOST_WORDS)))
 
 
 def _merges(
-    split: dict[str, list[str]], words: Counter[str], count: int, vocabulary: dict[str, int]
+    split: dict[str, list[str]], words: Counter[str], count: int, vocabulary: dict[str, int], whole: set[str | None]
 ) -> list[list[str]]:
-    """The next merges of byte-pair encoding that make a new token, in order."""
+    """The next merges of byte-pair encoding that make a new token, in order; tokens in `whole` take no part."""
+
+    def pairs_of(word: str) -> list[tuple[str, str]]:
+        return [pair for pair in pairwise(split[word]) if not whole & {*pair}]
+
     pairs: Counter[tuple[str, str]] = Counter()
     where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    for word, pieces in split.items():
-        for pair in pairwise(pieces):
+    for word in split:
+        for pair in pairs_of(word):
             pairs[pair] += words[word]
             where[pair].add(word)
     found: list[list[str]] = []
@@ -109,10 +125,10 @@ def _merges(
         known.add("".join(best))
         found.append(list(best))
         for word in where.pop(best):
-            for pair in pairwise(split[word]):
+            for pair in pairs_of(word):
                 pairs[pair] -= words[word]
             split[word] = _joined(split[word], best)
-            for pair in pairwise(split[word]):
+            for pair in pairs_of(word):
                 pairs[pair] += words[word]
                 where[pair].add(word)
         del pairs[best]
@@ -135,16 +151,29 @@ def extend_model(model: Any, pieces: dict[int, list[int]]) -> dict[str, list[int
 
     Returns:
         PEFT's ``trainable_token_indices``: the matrices, by name, and the new rows.
+
+    Raises:
+        DataError: no new token.
+        ModelError: an output matrix with a bias, as masked language models have it. PEFT trains rows of a matrix by a
+            layer that leaves the bias out.
     """
+    if not pieces:
+        raise DataError("there is no new token to give a row to", found="{}", fix="extend_tokenizer(…, count=1000)")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(
+            "new tokens need an output matrix without a bias: PEFT would leave it out of the logits",
+            found=f"{type(model).__name__} with a bias of {len(model.get_output_embeddings().bias)} tokens",
+            allowed="decoders such as Llama, Qwen, Mistral, Gemma, GPT-2",
+            fix="leave new_tokens out",
+        )
     size = max(pieces) + 1
     if model.get_input_embeddings().weight.shape[0] < size:
         model.resize_token_embeddings(size, mean_resizing=False)
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or output.weight is source.weight
     parts: list[nn.Module] = [source] if tied else [source, output]
-    bias = getattr(output, "bias", None)
-    for tensor in [*(part.weight for part in parts), *([] if bias is None else [bias])]:
+    for part in parts:
         for row, old in pieces.items():
-            tensor[row] = tensor[old].mean(0)
+            part.weight[row] = part.weight[old].mean(0)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(part)]: sorted(pieces) for part in parts}

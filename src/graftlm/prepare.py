@@ -160,7 +160,13 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         original = None
         if splits.original is not None:
             original = task.training(splits.original, tokenizer, recipe, folder / CHECKPOINTS)
-    examples = train.features if original is None else mixed(recipe, train.features, original.features, arguments)
+    examples = train.features
+    if original is not None:
+        examples = mixed(recipe, train.features, original.features, arguments)
+        counted = recipe.adapter.method == "neutral_residues" and recipe.adapter.original_share == "auto"
+        if counted and examples.mix.originals:
+            adapted: Any = loaded.model
+            adapted.active_peft_config.original_share = examples.token_share()
     dev = task.encode(splits.dev, tokenizer, recipe.training) if splits.dev else None
     metric = metrics_for(task.name, task.gold((splits.dev or splits.train).labels))[0]
 
@@ -177,8 +183,10 @@ def prepare(recipe: Recipe, folder: Path, *, progress: bool = True) -> Prepared:
         train_dataset=examples,
         eval_dataset=dev.features if dev else None,
         compute_metrics=_dev_metrics(task, dev, splits.dev, metric) if dev and splits.dev else None,
-        callbacks=[clock, stop, *_order_of(examples), *_penalty(recipe), *([schedule] if schedule else [])],
+        callbacks=[clock, stop, *_order_of(examples), *([schedule] if schedule else [])],
     )
+    if _has_gates_or_penalty(recipe):
+        PenaltyLog().first_in(trainer)
     return Prepared(
         recipe,
         splits,
@@ -203,10 +211,9 @@ def _order_of(examples: Any) -> list[EpochOfBlocks]:
     return [EpochOfBlocks(examples.order)] if isinstance(examples, Blocks) else []
 
 
-def _penalty(recipe: Recipe) -> list[PenaltyLog]:
+def _has_gates_or_penalty(recipe: Recipe) -> bool:
     adapter = recipe.adapter
-    gated = adapter.method == "neutral_residues" and (adapter.penalty_weight > 0 or adapter.gate == "relu")
-    return [PenaltyLog()] if gated else []
+    return adapter.method == "neutral_residues" and (adapter.penalty_weight > 0 or adapter.gate == "relu")
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> TrainingArguments:

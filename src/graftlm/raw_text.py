@@ -33,7 +33,7 @@ from graftlm.training.dropout.texts import KEPT, REPLACED
 
 _CHARACTERS = 200_000  # of documents that are tokenised at once
 _ROWS = 1000  # blocks written at once
-_WINDOW = 64  # batches whose blocks are sorted by length together
+WINDOW = 64  # batches whose blocks are sorted by length together
 _SCHEMA = pyarrow.schema(
     {"input_ids": pyarrow.list_(pyarrow.int32()), "first": pyarrow.int32(), "last": pyarrow.int32()}
 )
@@ -301,6 +301,13 @@ class Blocks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._table)
 
+    def counted(self) -> np.ndarray:
+        """Of each block the tokens that the penalty of neutral residues counts: see `NeutralResiduesConfig`."""
+        if self._masking is not None:
+            return self.order.lengths
+        first = self._table.data.column("first").to_numpy()
+        return self.order.lengths - np.maximum(first, 1)  # nothing predicts the first token of a block
+
     def __getitem__(self, position: int) -> dict[str, list[int]]:
         epoch, row = divmod(int(position), len(self))
         block = self._table[row]
@@ -339,19 +346,19 @@ class ShuffledBlocks(torch.utils.data.Sampler):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self._seed, self.epoch])
-        order, lengths = self._shuffled(rng)
-        for start in range(0, len(order), _WINDOW * self._batch):
-            window = order[start : start + _WINDOW * self._batch]
-            window = window[np.argsort(lengths[window], kind="stable")]
+        for batch in self._batches(np.random.default_rng([self._seed, self.epoch])):
+            for row in batch:
+                yield self.epoch * len(self) + int(row)
+
+    def _batches(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """The epoch's rows; all batches are whole but the last one of a window, which ends it."""
+        order = rng.permutation(len(self))
+        for start in range(0, len(order), WINDOW * self._batch):
+            window = order[start : start + WINDOW * self._batch]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
             whole = len(window) // self._batch
             for batch in [*rng.permutation(whole), *([whole] if len(window) % self._batch else [])]:
-                for row in window[batch * self._batch : (batch + 1) * self._batch]:
-                    yield self.epoch * len(self) + int(row)
-
-    def _shuffled(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's rows in a random order, and how long each row is."""
-        return rng.permutation(len(self)), self.lengths
+                yield window[batch * self._batch : (batch + 1) * self._batch]
 
 
 class EpochOfBlocks(TrainerCallback):

@@ -228,7 +228,7 @@ class Recipe(Part):
     source: Language = Field("eng", description="language tag of the training text")
     data: Data
     adapter: Adapter = Adapter()
-    new_tokens: Count | None = Field(None, description="raw text: tokens to learn from it, that are trained too")
+    new_tokens: Count | None = Field(None, description="causal_lm: tokens to learn from the text, that are trained too")
     mixing: Mixing | None = Field(None, description="raw text: null: the training text alone")
     unfreezing: Unfreezing | None = Field(None, description="null: plain training")
     dropout: Dropout | None = Field(None, description="null: the model's own rates")

@@ -101,10 +101,14 @@ _KEYS = {
         "added_parameters",
         "counts",
         "gate",
+        "penalty",
         "penalty_weight",
+        "original_share",
         "penalty_through_input",
         "initialisation",
         "dropout",
+        "activation",
+        "layers_to_transform",
         "sparse_inference",
     ),
     "none": (),
@@ -124,7 +128,9 @@ class Adapter(Part):
     kind: Literal["pfeiffer", "houlsby", "parallel"] = Field("pfeiffer", description="bottleneck: its places")
     reduction_factor: Positive = Field(16.0, description="bottleneck: the model's width divided by the adapter's size")
     bottleneck_size: Count | None = Field(None, description="bottleneck: the adapter's size, in place of the factor")
-    activation: str = Field("relu", description="bottleneck: a name of transformers' ACT2FN")
+    activation: str = Field(
+        "auto", description="a name of transformers' ACT2FN; auto: bottleneck relu, neutral_residues silu"
+    )
     scaling: Positive = Field(1.0, description="bottleneck: constant factor of the adapter's part")
     invertible: bool = Field(False, description="bottleneck: an invertible adapter at the embeddings too")
     language_adapters: dict[Language, Annotated[str, Field(min_length=1)] | LanguageText] = Field(
@@ -168,6 +174,17 @@ class Adapter(Part):
     penalty_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.01, description="neutral_residues: α, how much silence on the text of `mixing` counts; to be swept"
     )
+    penalty: Literal["l1", "cross_entropy"] | None = Field(
+        None, description="neutral_residues: null: cross_entropy with the domain for a sigmoid gate, else l1"
+    )
+    original_share: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] | None = Field(
+        "auto",
+        description="neutral_residues: the share of original tokens that l1 is a mean over; auto: that of the mix, "
+        "null: that of each batch",
+    )
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="neutral_residues: numbers of the layers that get a block; null: all"
+    )
     penalty_through_input: bool = Field(
         True, description="neutral_residues: whether the penalty trains the layers below too"
     )
@@ -190,6 +207,12 @@ class Adapter(Part):
         kept = {"method", *_KEYS[self.method]} - ({"reduction_factor"} if self.bottleneck_size else {"bottleneck_size"})
         kept -= {key for key in ("language_adapters", "language_training") if not getattr(self, key)}
         return {key: value for key, value in serialize(self).items() if key in kept}
+
+    @model_validator(mode="after")
+    def _activation_of_the_method(self) -> "Adapter":
+        if self.activation == "auto":  # a recipe that is written out names it
+            self.__dict__["activation"] = "silu" if self.method == "neutral_residues" else "relu"
+        return self
 
     @model_validator(mode="after")
     def _no_idle_keys(self) -> "Adapter":

@@ -56,6 +56,20 @@ def test_sparse_inference_with_every_gate_closed_or_open_in_training_and_from_a_
 def test_only_a_relu_gate_can_be_sparse():
     with pytest.raises(SetupError, match="exactly zero"):
         graftlm.NeutralResiduesConfig(gate="elu", sparse_inference=True)
+    for gate in ("elu", "none"):
+        model, batch = adapted("llama", gate=gate), tiny_batch("llama", "causal_lm")
+        model.peft_config["default"].sparse_inference = True
+        with pytest.raises(SetupError, match=f'gate="{gate}", sparse_inference=True'):
+            outputs(model, batch)
+        model.train()(**batch, domain=[0, 1, 0, 1]).loss.backward()
+
+
+def test_statistics_leave_modules_in_their_modes():
+    model = adapted("llama").train()
+    model.base_model.model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    graftlm.gate_statistics(model, {"eng": [tiny_batch("llama", "causal_lm")]})
+    assert [module.training for module in model.modules()] == before and True in before and False in before
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -135,7 +149,7 @@ def test_a_gate_that_never_opens_is_named(weight, labelled, tmp_path):
         (message,) = [str(one.message) for one in seen if "gates that no token" in str(one.message)]
         assert ("penalty_weight" in message) == (weight > 0)
         assert ["penalty" in row for row in trainer.state.log_history if "loss" in row] == [weight > 0] * 2
-        assert not domains_of(model).watched
+        assert not domains_of(model).looks_at_gates
 
 
 @pytest.mark.parametrize("weight", [0.01, 0])
@@ -143,7 +157,7 @@ def test_whether_a_gate_opens_is_asked_of_new_rows_and_counted_tokens_alone(weig
     model, batch = adapted("llama", penalty_weight=weight).train(), tiny_batch("llama", "causal_lm")
     model.base_model.model.model.layers[1].mlp.neutral_residues_gate["default"].register_forward_hook(_first_row_only)
     batch["labels"][2] = -100
-    domains_of(model).watched = True
+    domains_of(model).looks_at_gates = True
     for labels, opened in (([1, 0, 0, 0], True), ([0, 1, 1, 1], False), ([1, 1, 1, 1], True)):
         model(**batch, domain=labels)
         found = domains_of(model).call.opened

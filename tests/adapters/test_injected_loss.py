@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from adapters.neutrals import adapted, reference, weights_of
+from adapters.neutrals import adapted, randomised, reference, weights_of
 from datasets import Dataset
+from peft import get_peft_model
 from tiny import ARCHITECTURES, DECODERS, ENCODER_DECODERS, tiny_batch, tiny_model
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import graftlm
 from graftlm.adapters.injected_loss import domains_of
@@ -102,6 +103,19 @@ def test_gradients_are_those_of_the_loss_and_the_term(architecture, checkpointin
     assert domains_of(model).call.term() == pytest.approx(term, rel=1e-6)
     without, _ = by_hand(base, weights_of(model), batch, architecture, tokens=tokens, alpha=0.0)
     assert any((without[name] - wanted[name]).abs().max() > 1e-4 for name in wanted if "residues" in name)
+
+
+def test_the_first_gemma():
+    """Of Llama's structure: no norm behind the block. It is no architecture of the other tests."""
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"num_hidden_layers": 3, "head_dim": 4, "vocab_size": 96, "pad_token_id": 0}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **settings)).double()
+    batch = tiny_batch("llama", "causal_lm")
+    model = get_peft_model(copy.deepcopy(base), graftlm.NeutralResiduesConfig(penalty_weight=ALPHA))
+    assert torch.equal(model.eval()(**batch).logits, base.eval()(**batch).logits)
+    model = randomised(model).double().train()
+    model(**batch, domain=DOMAINS).loss.backward()
+    close(gradients(model), by_hand(base.train(), weights_of(model), batch, "llama")[0], **NEAR)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -252,8 +266,10 @@ def test_what_would_be_silently_wrong_is_an_error():
         model(**batch, domain=[0, 1, 7, 0])
     with pytest.raises(SetupError, match="given twice"), graftlm.domain(DOMAINS):
         model(**batch, domain=DOMAINS)
+    with pytest.raises(SetupError, match=r"no numbers(.|\n)*'new'"):
+        model(**batch, domain=["new", "old", "new", "old"])
     own = functional.cross_entropy(model(**batch, domain=DOMAINS).logits.flatten(0, 1), batch["input_ids"].flatten())
-    with pytest.raises(SetupError, match=r"follows the gradient of outputs\.loss"):
+    with pytest.raises(SetupError, match=r"follows the gradient of outputs\.loss(.|\n)*label_smoothing_factor=0"):
         own.backward()
 
 
@@ -326,10 +342,47 @@ def test_where_no_label_is_needed():
 def test_an_eye_on_the_gates_changes_no_gradient(through):
     base, model, batch = pair(penalty_through_input=through)
     model.peft_config["default"].penalty_weight = 0.0
-    domains_of(model).watched = True
+    domains_of(model).looks_at_gates = True
     model(**batch).loss.backward()
     close(gradients(model), by_hand(base, weights_of(model), batch, "llama", alpha=0.0)[0], **NEAR)
     assert len(domains_of(model).call.opened) == 3 and not domains_of(model).call.values
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_evaluation_that_fails_between_forward_and_backward_changes_nothing(reentrant):
+    base, model, batch = pair()
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    loss = model(**batch, domain=DOMAINS).loss
+    with pytest.raises(IndexError), torch.no_grad():
+        model(input_ids=torch.full((2, 3), 1000))
+    loss.backward()
+    close(gradients(model), by_hand(base, weights_of(model), batch, "llama")[0], **NEAR)
+
+
+def test_a_mask_of_any_shape_where_the_labels_say_which_tokens_count():
+    base, model, batch = pair()
+    length = batch["input_ids"].shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None]
+    model(**(batch | {"attention_mask": seen}), domain=DOMAINS).loss.backward()
+    wanted, _ = by_hand(base, weights_of(model), batch, "llama")
+    close(gradients(model), wanted, **NEAR)
+    bert = adapted("bert", HEAD).double().train()
+    batch = tiny_batch("bert", HEAD)
+    with pytest.raises(SetupError, match="labels of one number a token"):
+        bert(**(batch | {"attention_mask": batch["attention_mask"][:, None, None].bool()}), domain=DOMAINS)
+
+
+def test_a_layer_on_another_device_than_the_batch():
+    _, model, batch = pair()
+    model(**batch, domain=DOMAINS)
+    call, config = domains_of(model).call, model.peft_config["default"]
+    layer = model.base_model.model.model.layers[0].mlp
+    elsewhere = torch.ones(*batch["input_ids"].shape, 16, device="meta", requires_grad=True)
+    assert layer._l1(elsewhere, (), call, config).device.type == "meta"
+    assert layer._at_gate(elsewhere[..., :1], call, config).device.type == "meta"
+    config.penalty = "cross_entropy"
+    assert layer._at_gate(elsewhere[..., :1], call, config).device.type == "meta"
 
 
 def test_an_evaluation_between_forward_and_backward_changes_nothing():

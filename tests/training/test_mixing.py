@@ -1,5 +1,6 @@
 """A mix of two domains: exact share, every row once before one comes twice, the same stream after a resume."""
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +22,10 @@ def stream(mix):
 @pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.3, 0.5, 2 / 3, 0.9, 1])
 @pytest.mark.parametrize("length", [1, 7, 100, 333])
 def test_the_share_is_exact_over_the_run_and_near_it_in_every_part(share, length):
+    if 0 < share * length < 0.5:
+        with pytest.raises(SetupError, match=rf"less than half a sequence(.|\n)*share from {0.5 / length:.2g}"):
+            DomainMix(NEW, OLD, share=share, length=length)
+        return
     found = stream(DomainMix(NEW, OLD, share=share, length=length, seed=3))
     assert len(found) == length
     assert all((row < 100) == (domain == 0) for domain, row in found)
@@ -34,6 +39,29 @@ def test_the_share_is_exact_over_the_run_and_near_it_in_every_part(share, length
         for start in range(0, len(rows), len(source)):
             once = rows[start : start + len(source)]
             assert len(set(once)) == len(once)
+
+
+def test_a_streamed_domain_is_refused_and_can_be_interleaved_as_the_error_says():
+    streams = {"new": NEW.to_iterable_dataset(), "original": OLD.to_iterable_dataset()}
+    for name in streams:
+        with pytest.raises(DataError, match=rf"rows of the {name} domain(.|\n)*IterableDataset") as raised:
+            DomainMix(**({"new": NEW, "original": OLD} | {name: streams[name]}), length=10)
+        first, typed = raised.value.fix.split(", or a share that holds in the mean only: ")
+        assert len(eval(first, dict(streams))) == {"new": 70, "original": 30}[name]
+    rows = list(eval(typed, streams | {"datasets": datasets}))
+    assert len(rows) > 20 and all((row["row"] < 100) == (row["domain"] == 0) for row in rows)
+
+
+def test_new_rows_alone_need_no_original_ones():
+    assert all(domain for domain, _ in stream(DomainMix(NEW, None, share=0)))
+    with pytest.raises(DataError, match="no row of the original domain"):
+        DomainMix(NEW, None, share=0.5)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(SetupError, match=r"seed=(.|\n)*allowed: 0, 1, 2"):
+        DomainMix(NEW, OLD, seed=seed)
 
 
 def test_the_seed_decides_and_nothing_else():

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftlm.adapters import invertible
-from graftlm.adapters.bottleneck import BottleneckConfig, places, width_of
+from graftlm.adapters.bottleneck import BottleneckConfig
 from graftlm.adapters.checkpoint import PREFIX
+from graftlm.adapters.tuner import places, width_of
 from graftlm.architectures import describe
 from graftlm.errors import ModelError
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from graftlm.adapters import checkpoint, invertible, registry
-from graftlm.adapters.layer import AdapterLayer, new_linear, no_merge
-from graftlm.architectures import Sublayer, describe, sublayers
-from graftlm.errors import ModelError, SetupError
-
-KINDS = {"pfeiffer": ("ffn",), "houlsby": ("attention", "ffn"), "parallel": ("ffn",)}
-_HEADS = {  # what PEFT trains with a first adapter of these tasks
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
+from graftlm.adapters.layer import AdapterLayer, new_linear
+from graftlm.adapters.tuner import KINDS, SublayerModel, places, width_of
+from graftlm.errors import SetupError
 
 
 @dataclass
@@ -207,15 +197,10 @@ class AddingBottleneck(Bottleneck):
         return base.LayerNorm(self._adapted(f, input_tensor, base.LayerNorm) + input_tensor)
 
 
-class BottleneckModel(BaseTuner):
-    """PEFT's face of the method: puts adapters where they belong, and takes them off again."""
+class BottleneckModel(SublayerModel):
+    """PEFT's face of the method."""
 
     prefix = "bottleneck_"
-    tuner_layer_cls = AdapterLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
-        return peft_config
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
         """Called before anything is changed: everything that can be wrong is found here."""
@@ -233,13 +218,6 @@ class BottleneckModel(BaseTuner):
             checkpoint.check_file(peft_config, model, leaves, self._width, headless=further)
             peft_config._read_from = None
 
-    def _give_head(self, peft_config: PeftConfig) -> bool:
-        """Whether this is a further adapter; its head trains and is saved, as PEFT does for the first one."""
-        further = len(self.peft_config) > 1
-        if further and peft_config.task_type in _HEADS and not peft_config.modules_to_save:
-            peft_config.modules_to_save = list(_HEADS[peft_config.task_type])
-        return further
-
     def _leaves(self, config: BottleneckConfig) -> list[tuple[str, tuple[int, ...]]]:
         size, width = config.size(self._width), self._width
         return [
@@ -249,26 +227,8 @@ class BottleneckModel(BaseTuner):
             ("bottleneck_up.bias", (width,)),
         ]
 
-    def _check_target_module_exists(self, peft_config: BottleneckConfig, key: str) -> Any:
-        if key == self._embeddings:
-            return True
-        return check_target_module_exists(_selection(peft_config, set(self._places)), key)
-
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = target if isinstance(target, AdapterLayer) else self._layer_for(target, current_key)
-        layer.update_layer(adapter_name, peft_config, self._width)
-        if layer is not target:
-            layer.set_adapter([name for top in self.active_adapters for name in self.stacked(top)])
-            self._replace_module(parent, target_name, layer, target)
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        return key == self._embeddings or super()._check_target_module_exists(peft_config, key)
 
     def _layer_for(self, target: nn.Module, key: str) -> AdapterLayer:
         """The layer that takes the place of a module of the base model."""
@@ -276,110 +236,6 @@ class BottleneckModel(BaseTuner):
             return invertible.Invertible(target, *self._output)
         place = self._places[key]
         return AddingBottleneck(target) if place.adds else Bottleneck(target, place.norm)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-        if isinstance(child, AdapterLayer):
-            child.release()
-
-    def stacked(self, adapter: str) -> list[str]:
-        """The adapter and those that `graftlm.stack` has put below it, bottom first."""
-        return [*self.__dict__.get("_below", {}).get(adapter, ()), adapter]
-
-    def stack(self, adapters: Sequence[str], inference_mode: bool = False) -> None:
-        """Puts all but the last one below that, and activates it; see `graftlm.stack`."""
-        self.__dict__.setdefault("_below", {})[adapters[-1]] = list(adapters[:-1])
-        self.set_adapter(adapters[-1], inference_mode=inference_mode)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activates an adapter with those below it; of several, bottom first, makes a stack."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            self.stack(names, inference_mode)
-            return
-        super().set_adapter(names[0] if names else [], inference_mode=inference_mode)
-        # PEFT and Trainer know the top one as the active adapter: they save, load and switch it by its name.
-        for module in self.model.modules():
-            if names and isinstance(module, AdapterLayer):
-                module.set_adapter(self.stacked(names[0]), inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, from under others too."""
-        super().delete_adapter(adapter_name)
-        below = self.__dict__.get("_below", {})
-        below.pop(adapter_name, None)
-        for names in below.values():
-            if adapter_name in names:
-                names.remove(adapter_name)
-
-    def _check_merge_allowed(self) -> None:
-        raise no_merge()
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BottleneckConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        mapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        checkpoint.check_loaded(model, adapter_name, mapped)
-        return mapped
-
-
-def width_of(model: nn.Module) -> int:
-    """The width d of the residual stream."""
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    if not isinstance(width, int):
-        raise ModelError(
-            "The width of this model is not known.", found=type(model).__name__, allowed="config.hidden_size"
-        )
-    return width
-
-
-def places(model: nn.Module, config: BottleneckConfig) -> list[Sublayer]:
-    """Where `config` puts its adapters in `model`.
-
-    Raises:
-        ModelError: an unknown structure, a layer number that the model does not have, a name that excludes nothing, or
-            no place left.
-    """
-    found = [place for place in sublayers(model) if place.part in KINDS[config.kind]]
-    if (wanted := config.layers_to_transform) is not None:
-        numbers = [wanted] if isinstance(wanted, int) else list(wanted)
-        available = sorted({layer.index for layer in describe(model).layers})
-        if unknown := sorted(set(numbers) - set(available)):
-            raise ModelError(
-                "The model has no layer of this number.",
-                found=f"layers_to_transform={wanted}: {', '.join(map(str, unknown))}",
-                allowed=f"{available[0]} to {available[-1]}",
-            )
-        found = [place for place in found if place.layer.index in numbers]
-    excludes = config.exclude_modules or []
-    for one in [excludes] if isinstance(excludes, str) else excludes:
-        rule = _selection(config, {place.name for place in found})
-        rule.exclude_modules, rule.modules_to_save = (one if isinstance(excludes, str) else [one]), None
-        if all(check_target_module_exists(rule, place.name) for place in found):
-            raise ModelError(
-                "exclude_modules names no module that would have an adapter.",
-                found=one,
-                allowed=[place.name for place in found],
-            )
-    kept = _selection(config, {place.name for place in found})
-    left = [place for place in found if check_target_module_exists(kept, place.name)]
-    if not left:
-        raise ModelError(
-            "No layer is left to put an adapter into.",
-            found=f"layers_to_transform={wanted}, exclude_modules={config.exclude_modules}",
-            allowed=[place.name for place in found] or None,
-        )
-    return left
-
-
-def _selection(config: BottleneckConfig, names: set[str]) -> SimpleNamespace:
-    """What PEFT's own rule for excluding modules reads."""
-    return SimpleNamespace(
-        target_modules=names, exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save
-    )
 
 
 def _number(value: object) -> bool:

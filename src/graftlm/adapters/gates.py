@@ -42,7 +42,8 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
     """How far the gates are open, for each layer and kind of text, layers bottom first.
 
     Args:
-        model: with neutral residues; the adapter on top of the active ones is looked at. Its mode is restored.
+        model: with neutral residues; the adapter on top of the active ones is looked at. Which of its modules are in
+            training mode is as before in the end.
         domains: name → batches, such as ``{"eng": batches, "dan": batches}``; a batch is what the model is called with.
             Tokens count as they do in the penalty: those that predict a label in a causal LM with labels, else all that
             are not padding.
@@ -68,7 +69,7 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
     if not layers:
         raise ModelError("there are no active neutral residues in the model", found=type(model).__name__)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    device, was_training = next(model.parameters()).device, model.training
+    device, modes = next(model.parameters()).device, [(module, module.training) for module in model.modules()]
     found = []
     model.eval()
     try:
@@ -78,7 +79,7 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
                 here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
                 here.pop("domain", None)
                 tokens = counted_tokens(base, (), here)
-                with _watch(layers, tokens, sums):
+                with _counting(layers, tokens, sums):
                     model(**here)
             for layer in layers:
                 count, opened, value, size = sums[layer.place].tolist()
@@ -87,22 +88,23 @@ def gate_statistics(model: nn.Module, domains: Mapping[str, Iterable[Mapping[str
                 share, mean = (opened / count, value / count) if layer.gated else (None, None)
                 found.append(Gate(layer.place, name, int(count), share, mean, size / count))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return found
 
 
 @contextmanager
-def _watch(layers: list[NeutralResidues], tokens: dict[str, Tensor], sums: dict[str, Tensor]) -> Iterator[None]:
+def _counting(layers: list[NeutralResidues], tokens: dict[str, Tensor], sums: dict[str, Tensor]) -> Iterator[None]:
     def seen(layer: NeutralResidues, gate: Tensor | None, residue: Tensor) -> None:
-        mask = tokens[layer.stack]
+        mask = tokens[layer.stack].to(residue.device)
         opened, value = (mask.sum() * 0, mask.sum() * 0) if gate is None else ((gate[mask] > 0).sum(), gate[mask].sum())
         size = residue[mask].abs().mean(-1).sum()
         sums[layer.place] += torch.stack([part.double().cpu() for part in (mask.sum(), opened, value, size)])
 
     for layer in layers:
-        layer.watcher = seen
+        layer.on_gate = seen
     try:
         yield
     finally:
         for layer in layers:
-            layer.watcher = None
+            layer.on_gate = None

@@ -10,7 +10,9 @@ division by the accumulation steps) and this batch's share of what the loss is a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -38,7 +40,12 @@ class PenalisedLayer(AdapterLayer):
 
     @property
     def penalised(self) -> bool:
-        """Whether it has a penalty as well."""
+        """Whether that adapter has a penalty."""
+        raise NotImplementedError
+
+    @property
+    def expected_share(self) -> float | None:
+        """The share of original-domain tokens that the penalty counts on; None where it counts on none."""
         raise NotImplementedError
 
 
@@ -70,10 +77,10 @@ class Call:
         return float(torch.stack([value.to(values[0].device) for value in values]).sum()) if values else 0.0
 
     def token_counts(self) -> Tensor:
-        """Of the counted tokens those in original-domain sequences, and all."""
+        """Of the counted tokens those in original-domain sequences, and all; the sequences."""
         masks = self.tokens.values()
         counts = [torch.stack([(mask & ~self.new[:, None]).sum(), mask.sum()]) for mask in masks]
-        return torch.stack(counts).sum(0).float()
+        return torch.cat([torch.stack(counts).sum(0), self.new.new_tensor([len(self.new)], dtype=torch.long)]).float()
 
 
 class Domains:
@@ -82,21 +89,21 @@ class Domains:
     Its two methods are hooks of the base model.
 
     Attributes:
-        watched: whether gates are looked at where nothing is penalised too; see `graftlm.PenaltyLog`.
+        looks_at_gates: whether gates are looked at where nothing is penalised too; see `graftlm.PenaltyLog`.
     """
 
     def __init__(self) -> None:
         self.call: Call | None = None
         self.silent = False
-        self.watched = False
+        self.looks_at_gates = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"call": None, "silent": False, "watched": False}  # copies and files of the model hold no batch
+        return {"call": None, "silent": False, "looks_at_gates": False}  # copies and files of the model hold no batch
 
     def install(self, model: nn.Module) -> None:
         """Hooks itself to the base model."""
         model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after)
+        model.register_forward_hook(self.after, always_call=True)
 
     def remove(self, model: nn.Module) -> None:
         """Takes the hooks off again."""
@@ -104,6 +111,7 @@ class Domains:
             for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[number]
                 model._forward_pre_hooks_with_kwargs.pop(number, None)
+                model._forward_hooks_always_called.pop(number, None)
 
     @property
     def running(self) -> Call | None:
@@ -117,10 +125,16 @@ class Domains:
             raise SetupError("the domain of the sequences is given twice: in the batch and by graftlm.domain")
         training: list[PenalisedLayer] = []
         if model.training and torch.is_grad_enabled():
-            training = [part for part in model.modules() if isinstance(part, PenalisedLayer) and part.trains]
+            training = [part for part in model.modules() if isinstance(part, PenalisedLayer)]
+            if getattr(model, "_is_replica", False) and any(part.penalised for part in training):
+                raise SetupError(
+                    "the penalty does not work in torch.nn.DataParallel: its copies of the model train nothing",
+                    fix="one process a GPU (torchrun, accelerate launch), or CUDA_VISIBLE_DEVICES=0",
+                )
+            training = [part for part in training if part.trains]
         layers = sum(part.penalised for part in training)
         # where it is silent an earlier pass stays: checkpointing may still have to run its layers again
-        self.silent = not (layers or (self.watched and training))
+        self.silent = not (layers or (self.looks_at_gates and training))
         if not self.silent:
             batch = around or (None if given is None else Batch(given))
             if batch is None and not layers:
@@ -137,9 +151,9 @@ class Domains:
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """Sees to it that the gradient which arrives at the loss becomes known."""
+        """Sees to it that the gradient which arrives at the loss becomes known; called where a pass has failed too."""
         call, self.silent = self.running, False
-        if call is None or not call.layers or not torch.is_grad_enabled():
+        if output is None or call is None or not call.layers or not torch.is_grad_enabled():
             return output
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
@@ -171,17 +185,25 @@ def with_penalty(model: nn.Module, loss: Tensor) -> Tensor:
     return _Arrival.apply(loss, domains.call)
 
 
-def inject(x: Tensor, direction: Tensor, weights: Tensor, call: Call, key: str) -> Tensor:
-    """x, whose gradient will be that of the loss plus ``weights * direction``.
+def inject(
+    x: Tensor, direction: Callable[..., Tensor], parts: Sequence[Tensor], weights: Tensor, call: Call, key: str
+) -> Tensor:
+    """x, whose gradient will be that of the loss plus ``weights * direction(*parts)``.
 
     Args:
         x: (batch, length, size), activations of a layer.
-        direction: of x's shape: dℓ/dx.
+        direction: what makes dℓ/dx, of x's shape, in the backward pass.
+        parts: what it is made of, and all that is kept: best what is kept anyway.
         weights: (batch, length), the factor of each token.
         call: the pass that x belongs to.
         key: of the layer, one of its own in `call`.
     """
-    return _Inject.apply(x, direction.detach(), weights, call, key)
+    return _Inject.apply(x, weights, call, key, direction, *(part.detach() for part in parts))
+
+
+def product_of_signs(*parts: Tensor) -> Tensor:
+    """The sign of a product, without the product."""
+    return reduce(torch.mul, (part.sign() for part in parts))
 
 
 def attach(x: Tensor, other: Tensor) -> Tensor:
@@ -205,8 +227,11 @@ class _Arrival(torch.autograd.Function):
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, direction: Tensor, weights: Tensor, call: Call, key: str) -> Tensor:
-        ctx.save_for_backward(direction)
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, call: Call, key: str, direction: Callable[..., Tensor], *parts: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.direction = direction
         # not saved: where checkpointing runs the layer again, another batch may be the running one by then
         ctx.call, ctx.key, ctx.weights = call, key, weights
         return x.view_as(x)
@@ -214,14 +239,15 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        (direction,) = ctx.saved_tensors
+        parts = ctx.saved_tensors
         call: Call = ctx.call
         if call.scale is None:
             raise SetupError(
                 "the penalty follows the gradient of outputs.loss, and backward did not come through it",
-                found="a loss that was computed from the logits, or two forward passes before one backward under "
-                "reentrant gradient checkpointing",
-                fix="outputs = model(**batch, labels=…); outputs.loss.backward(); or graftlm.with_penalty(model, loss)",
+                found="a loss that was computed from the logits, as a Trainer does with label_smoothing_factor or "
+                "compute_loss_func, or two forward passes before one backward under reentrant gradient checkpointing",
+                fix="label_smoothing_factor=0; outputs = model(**batch, labels=…); outputs.loss.backward(); or "
+                "graftlm.with_penalty(model, loss)",
             )
         if ctx.key in call.done:
             raise SetupError(
@@ -231,26 +257,33 @@ class _Inject(torch.autograd.Function):
             )
         call.done.add(ctx.key)
         factor = ctx.weights * call.scale.to(ctx.weights)
-        return gradient + (factor[..., None] * direction).to(gradient.dtype), None, None, None, None
+        added = factor[..., None] * ctx.direction(*parts)
+        return gradient + added.to(gradient.dtype), *[None] * (4 + len(parts))
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
-        ctx.save_for_backward(other)
+        ctx.other = {"size": other.shape, "dtype": other.dtype}
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        (other,) = ctx.saved_tensors
-        return gradient, torch.zeros_like(other)
+        return gradient, gradient.new_zeros(**ctx.other)
 
 
 def _call(model: nn.Module, batch: Batch, layers: int, args: tuple, kwargs: dict[str, Any]) -> Call:
     inputs = _inputs(args, kwargs)
     shape, device = inputs.shape[:2], inputs.device
-    domains = torch.as_tensor(batch.domains, device=device)
+    try:
+        domains = torch.as_tensor(batch.domains, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SetupError(
+            "the domain labels are no numbers",
+            found=repr(batch.domains)[:60],
+            allowed="0 (original domain) and 1 (new domain) for each sequence",
+        ) from error
     known = (domains == ORIGINAL) | (domains == NEW)
     if domains.shape != shape[:1] or not bool(known.all()):
         raise SetupError(
@@ -275,18 +308,19 @@ def counted_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dic
     """
     inputs = _inputs(args, kwargs)
     shape, device = inputs.shape[:2], inputs.device
-    targets, mask = kwargs.get("labels"), _mask(kwargs.get("attention_mask"), shape, device)
+    targets = kwargs.get("labels")
     per_token = isinstance(targets, Tensor) and targets.ndim == 2
+    if _is_causal(model) and isinstance(targets, Tensor) and per_token:
+        predicts = torch.zeros(shape, dtype=torch.bool, device=device)
+        predicts[:, :-1] = targets[:, 1:].to(device) != _IGNORED
+        return {"layer": predicts, "encoder": predicts}
+    mask = _mask(kwargs.get("attention_mask"), shape, device)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoded = targets if per_token else kwargs.get("decoder_input_ids")
         decoded = inputs if decoded is None else decoded
         behind = decoded != _IGNORED if per_token else None
         asked = kwargs.get("decoder_attention_mask")
         return {"encoder": mask, "decoder": _mask(asked if asked is not None else behind, decoded.shape[:2], device)}
-    if _is_causal(model) and isinstance(targets, Tensor) and per_token:
-        predicts = torch.zeros_like(mask)
-        predicts[:, :-1] = targets[:, 1:].to(device) != _IGNORED
-        mask = predicts
     return {"layer": mask, "encoder": mask}
 
 
@@ -310,7 +344,7 @@ def _mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor:
         raise SetupError(
             "which tokens are padding cannot be read from this attention mask",
             found=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
-            allowed=f"shape {tuple(shape)}",
+            allowed=f"shape {tuple(shape)}; in a causal LM any, with labels of one number a token",
         )
     return mask.to(device) != 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from graftlm.adapters import checkpoint, registry
-from graftlm.adapters.bottleneck import BottleneckModel, places, width_of
-from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject
+from graftlm.adapters.injected_loss import Call, Domains, PenalisedLayer, attach, domains_of, inject, product_of_signs
 from graftlm.adapters.neutral_config import PREFIX, NeutralResiduesConfig, size_of
+from graftlm.adapters.tuner import SublayerModel, places, width_of
 from graftlm.architectures import Sublayer, describe, unwrapped
 from graftlm.errors import ModelError, SetupError
 
@@ -45,7 +45,7 @@ class NeutralResidues(PenalisedLayer):
         self.neutral_residues_dropout = nn.ModuleDict()
         self.neutral_residues_configs: dict[str, NeutralResiduesConfig] = {}
         self.place, self.stack, self._domains = place.name, place.layer.stack, domains
-        self.watcher: Callable[[NeutralResidues, Tensor | None, Tensor], None] | None = None
+        self.on_gate: Callable[[NeutralResidues, Tensor | None, Tensor], None] | None = None
         self._waiting: Tensor | None = None
         norm = _norm_behind(place)
         self._handle = norm.register_forward_hook(self._behind_norm) if norm is not None else None
@@ -81,15 +81,23 @@ class NeutralResidues(PenalisedLayer):
 
     @property
     def penalised(self) -> bool:
-        """Whether the adapter on top trains and has a penalty."""
-        return self.trains and self.neutral_residues_configs[self.active_here[-1]].penalty_weight > 0
+        """Whether the adapter on top has a penalty."""
+        active = self.active_here
+        return bool(active) and self.neutral_residues_configs[active[-1]].penalty_weight > 0
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def expected_share(self) -> float | None:
+        config = self.neutral_residues_configs[self.active_here[-1]]
+        return config.original_share if config.penalty == "l1" else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         f = self.base_layer(x, *args, **kwargs)
         self._waiting = None  # left over where checkpointing stopped between this module and the norm
         if not self.active_here:
             return f
         residue = self._residue(x)
+        if self._handle is None and isinstance(f, tuple):  # experts give the scores of their router too
+            return (f[0] + residue.to(f[0].dtype), *f[1:])
         if self._handle is None:
             return f + residue.to(f.dtype)
         self._waiting = residue
@@ -118,18 +126,23 @@ class NeutralResidues(PenalisedLayer):
         n = self._cast_input_dtype(x, leaves[_OUT].weight.dtype)
         z = leaves[_GATE](n) if config.gate != "none" else None
         if z is not None and call is not None:
-            z = self._watched(z, call, config)
+            z = self._at_gate(z, call, config)
         gate = _GATES[config.gate](z) if z is not None else None
+        sparse = config.sparse_inference and not self.training
+        if sparse:
+            config.check_sparse()  # it may have been switched on since
+        parts: tuple[Tensor, ...] = ()
         if gate is None:
             residue = self._glu(adapter, n)
-        elif config.sparse_inference and not self.training:
+        elif sparse:
             residue = self._of_open_tokens(adapter, n, gate)
         else:
-            residue = gate * self._glu(adapter, n)
-        if self.watcher is not None and adapter == self.active_here[-1]:
-            self.watcher(self, gate, residue)
+            parts = gate, self._glu(adapter, n)  # the product keeps both for its backward pass
+            residue = gate * parts[1]
+        if self.on_gate is not None and adapter == self.active_here[-1]:
+            self.on_gate(self, gate, residue)
         if call is not None and call.layers and config.penalty == "l1":
-            residue = self._l1(residue, call, config)
+            residue = self._l1(residue, parts, call, config)
         return residue
 
     def _glu(self, adapter: str, n: Tensor) -> Tensor:
@@ -141,37 +154,46 @@ class NeutralResidues(PenalisedLayer):
         found = gate[opened] * self._glu(adapter, n[opened])
         return found.new_zeros(n.shape).index_put((opened,), found)
 
-    def _watched(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
+    def _at_gate(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
         if config.gate == "relu":
-            new = self._tokens(z, call) & call.new[:, None]
+            new = self._tokens(z, call) & call.new.to(z.device)[:, None]
             call.opened[self.place] = ((z.detach()[..., 0] > 0) & new).any()
         return self._cross_entropy(z, call, config) if call.layers and config.penalty == "cross_entropy" else z
 
-    def _l1(self, r: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
+    def _l1(self, r: Tensor, parts: tuple[Tensor, ...], call: Call, config: NeutralResiduesConfig) -> Tensor:
+        """`parts`: whose product r is, where there are any."""
         tokens = self._tokens(r, call)
-        original = tokens & ~call.new[:, None]
+        original = tokens & ~call.new.to(r.device)[:, None]
         count = original.sum() if config.original_share is None else config.original_share * tokens.sum()
         share = original / (count.clamp(min=torch.finfo(torch.float32).tiny) * call.layers * r.shape[-1])
-        return self._inject(r, r.detach().sign(), r.detach().abs().sum(-1), share, call, config)
+        parts = parts or (r.detach().sign().to(torch.int8),)
+        return self._inject(r, product_of_signs, parts, r.detach().abs().sum(-1), share, call, config)
 
     def _cross_entropy(self, z: Tensor, call: Call, config: NeutralResiduesConfig) -> Tensor:
         tokens = self._tokens(z, call)
         logits = z.detach()
-        new = call.new[:, None, None].to(z.dtype).expand_as(z)
+        new = call.new[:, None, None].to(z).expand_as(z)
         each = functional.binary_cross_entropy_with_logits(logits, new, reduction="none")[..., 0]
         share = tokens / (tokens.sum().clamp(min=1) * call.layers)
-        return self._inject(z, logits.sigmoid() - new, each, share, call, config)
+        return self._inject(z, torch.clone, (logits.sigmoid() - new,), each, share, call, config)
 
     def _inject(
-        self, x: Tensor, direction: Tensor, each: Tensor, share: Tensor, call: Call, config: NeutralResiduesConfig
+        self,
+        x: Tensor,
+        direction: Callable[..., Tensor],
+        parts: tuple[Tensor, ...],
+        each: Tensor,
+        share: Tensor,
+        call: Call,
+        config: NeutralResiduesConfig,
     ) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         share = share.to(precise)
         call.values.setdefault(self.place, (each.to(precise) * share).sum())
         weights = config.penalty_weight * share
         if call.part is not None:
-            weights = weights * call.part
-        return inject(x, direction, weights, call, self.place)
+            weights = weights * torch.as_tensor(call.part, device=weights.device)
+        return inject(x, direction, parts, weights, call, self.place)
 
     def _tokens(self, x: Tensor, call: Call) -> Tensor:
         tokens = call.tokens[self.stack]
@@ -182,7 +204,7 @@ class NeutralResidues(PenalisedLayer):
                 allowed=f"(batch, length) = {tuple(tokens.shape)}",
                 fix="chunk_size_feed_forward=0 in the model's configuration; attn_implementation=sdpa",
             )
-        return tokens
+        return tokens.to(x.device)
 
 
 class AddingNeutralResidues(NeutralResidues):
@@ -196,17 +218,16 @@ class AddingNeutralResidues(NeutralResidues):
         return base.LayerNorm(f + self._residue(input_tensor).to(f.dtype) + input_tensor)
 
 
-class NeutralResiduesModel(BottleneckModel):
+class NeutralResiduesModel(SublayerModel):
     """PEFT's face of the method."""
 
     prefix = PREFIX
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_model(self, peft_config: NeutralResiduesConfig, model: nn.Module) -> None:
         """Called before anything is changed: everything that can be wrong is found here."""
         self._width = width_of(model)
         self._places = {place.name: place for place in places(model, peft_config)}
-        self._embeddings, self._output = None, (None,)
+        _check_rows(peft_config, model)
         size = size_of(model, peft_config, len(self._places), self._width)
         if peft_config._read_from is not None and peft_config.size is not None:
             size["hidden_units"] = peft_config.size["hidden_units"]  # under another head the share may round otherwise
@@ -244,6 +265,21 @@ class NeutralResiduesModel(BottleneckModel):
             "Neutral residues cannot be merged into the weights of their model: their gate is a nonlinearity.",
             fix="keep the adapter beside the model (save_pretrained), or take it off: model.unload()",
         )
+
+
+def _check_rows(config: NeutralResiduesConfig, model: nn.Module) -> None:
+    rows = config.trainable_token_indices or {}
+    rows = rows if isinstance(rows, dict) else {describe(model).embeddings[0]: rows}
+    for name, module in model.named_modules():
+        chosen = [row for end, found in rows.items() if f".{name}".endswith(f".{end}") for row in found]  # PEFT's rule
+        there = len(getattr(module, "weight", ())) if chosen else 0
+        if there and max(chosen) >= there:
+            raise ModelError(
+                "the adapter has rows for tokens that the model does not know",
+                found=f"{name}: {there} rows, and token {max(chosen)}",
+                allowed=f"up to token {there - 1}",
+                fix=f"model.resize_token_embeddings({max(chosen) + 1}) first, or graftlm.load(RUN), which does it",
+            )
 
 
 def _new_rows(config: NeutralResiduesConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:

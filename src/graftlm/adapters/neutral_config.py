@@ -36,9 +36,11 @@ class NeutralResiduesConfig(PeftConfig):
     .. math:: T = \frac{1}{L} \sum_l \frac{1}{p\,N} \sum_{t\ \text{original}} \lVert r_{l,t} \rVert_1 / d
 
     N is the number of tokens in the batch, in a causal LM of those that predict a label, else of those that are not
-    padding, and p the share of original-domain sequences in the data: so T is a mean over original-domain tokens that
-    stays exact however a step is cut into batches. With ``penalty="cross_entropy"``, the paper's rejected alternative,
-    T is the mean over all tokens and layers of the gate's cross-entropy with the domain (new = open).
+    padding, p the share of original-domain tokens in the data, and L the layers whose blocks train. So in a causal LM T
+    is a mean over original-domain tokens that stays exact however a step is cut into batches; in other tasks a Trainer
+    weights each batch by its share of the labels, and T moves a little with the cut. With ``penalty="cross_entropy"``,
+    the paper's rejected alternative, T is the mean over all tokens and layers of the gate's cross-entropy with the
+    domain (new = open).
 
     The domain of each sequence reaches the layers through a batch column ``domain`` or `graftlm.domain`. Where a norm
     follows the feed-forward block (Gemma 2 and 3) the residue is added behind it, as it would be rescaled otherwise. In
@@ -52,8 +54,9 @@ class NeutralResiduesConfig(PeftConfig):
         gate: ``relu``, ``elu``, ``sigmoid`` or ``none``.
         penalty: ``l1`` or ``cross_entropy``; None = ``cross_entropy`` for a sigmoid gate, else ``l1``.
         penalty_weight: α; 0 = no penalty. The right one depends on width and task: sweep it.
-        original_share: p in T; None = the share found in each batch, so that T is the mean over this batch's
-            original-domain tokens, which depends on how a step is cut up.
+        original_share: p in T, a share of tokens (`graftlm.PenaltyLog` logs the one that is found, and warns where it
+            is another); None = the share found in each batch, so that T is the mean over this batch's original-domain
+            tokens, which depends on how a step is cut up.
         penalty_through_input: whether the term's gradient also reaches the layers below, through n; if not, the block
             is computed a second time in training.
         initialisation: of w, W_g and W_i: ``low_variance``, 1 / (d·L) with L layers, or ``he``, 2 / d.
@@ -137,17 +140,22 @@ class NeutralResiduesConfig(PeftConfig):
                 found=f'gate="{self.gate}", penalty="cross_entropy"',
                 fix='gate="sigmoid", or penalty="l1"',
             )
-        if self.sparse_inference and self.gate != "relu":
-            raise SetupError(
-                "only a ReLU gate is exactly zero, so that blocks can be left out",
-                found=f'gate="{self.gate}", sparse_inference=True',
-                fix='gate="relu", or sparse_inference=False',
-            )
+        if self.sparse_inference:
+            self.check_sparse()
         _number("added_parameters", self.added_parameters, "a number above 0", lambda x: x > 0)
         _number("penalty_weight", self.penalty_weight, "0 or more", lambda x: x >= 0)
         _number("dropout", self.dropout, "from 0 to below 1", lambda x: 0 <= x < 1)
         if self.original_share is not None:
             _number("original_share", self.original_share, "above 0, up to 1; or None", lambda x: 0 < x <= 1)
+
+    def check_sparse(self) -> None:
+        """Raises a `SetupError` where blocks cannot be left out."""
+        if self.gate != "relu":
+            raise SetupError(
+                "only a ReLU gate is exactly zero, so that blocks can be left out",
+                found=f'gate="{self.gate}", sparse_inference=True',
+                fix='gate="relu", or sparse_inference=False',
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peft import PeftModel
 from torch import nn
 
-from graftlm.adapters.bottleneck import BottleneckModel
+from graftlm.adapters.tuner import SublayerModel
 from graftlm.errors import SetupError
 
 
@@ -55,7 +55,7 @@ def stack(model: nn.Module, adapters: Sequence[str], *, inference_mode: bool = F
         {'sentiment'}
     """
     peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if peft_model is None or not isinstance(peft_model.base_model, BottleneckModel):
+    if peft_model is None or not isinstance(peft_model.base_model, SublayerModel):
         raise SetupError(
             "only bottleneck adapters can be stacked",
             found=type(model if peft_model is None else peft_model.base_model).__name__,

@@ -33,14 +33,18 @@ class DomainMix(Dataset):
 
     Args:
         new: rows (mappings) of the new domain.
-        original: rows of the original domain, or of a proxy of it.
+        original: rows of the original domain, or of a proxy of it; None with a share of 0.
         share: p, from 0 to 1.
         length: n, the sequences of the run: steps x batch size x accumulation steps x processes. None: as many as the
             new domain has to be read once.
         seed: of places and orders.
 
+    Attributes:
+        domains, rows: of each sequence of the run, its domain and its row there.
+        originals: k.
+
     Raises:
-        SetupError: a share outside [0, 1], or no length.
+        SetupError: a share outside [0, 1] or of less than half a sequence, or no length.
         DataError: a domain that is needed and empty, or rows that are no mappings or have a column ``domain`` already.
 
     Source: Talla, Jégou, Grave, arXiv 2410.02744 (p = 0.1).
@@ -52,9 +56,15 @@ class DomainMix(Dataset):
         (8, 2)
     """
 
-    def __init__(self, new: Rows, original: Rows, *, share: float = 0.1, length: int | None = None, seed: int = 0):
+    def __init__(
+        self, new: Rows, original: Rows | None, *, share: float = 0.1, length: int | None = None, seed: int = 0
+    ):
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise SetupError("the share of original-domain sequences is no share", found=repr(share), allowed="0 to 1")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise SetupError("the seed of a mix is no seed", found=f"seed={seed!r}", allowed="0, 1, 2, …")
+        for rows, name in ((new, "new"), (original, "original")):
+            _check_rows(rows, name)
         if length is None:
             if share == 1:
                 raise SetupError(
@@ -65,7 +75,13 @@ class DomainMix(Dataset):
             raise SetupError("a run needs at least one sequence", found=f"length={length!r}", allowed="1, 2, …")
         self.share, self.seed = share, seed
         self.originals = math.floor(share * length + 0.5)
-        self._sources: dict[int, Rows] = {ORIGINAL: original, NEW: new}
+        if share and not self.originals:
+            raise SetupError(
+                "the share of original-domain sequences is less than half a sequence of the run",
+                found=f"share={share}, length={length}",
+                allowed=f"share from {0.5 / length:.2g}, or share=0 for none",
+            )
+        self._sources: dict[int, Rows] = {ORIGINAL: [] if original is None else original, NEW: new}
         counts = {ORIGINAL: self.originals, NEW: length - self.originals}
         for domain, name in ((ORIGINAL, "original"), (NEW, "new")):
             if counts[domain] and not len(self._sources[domain]):
@@ -73,23 +89,23 @@ class DomainMix(Dataset):
                     f"there is no row of the {name} domain, and the mix needs {counts[domain]}",
                     found=f"share={share}, length={length}",
                 )
-        self._domains = np.full(length, NEW, dtype=np.int8)
+        self.domains = np.full(length, NEW, dtype=np.int8)
         edges = [number * length // max(self.originals, 1) for number in range(self.originals + 1)]
         low, high = np.array(edges[:-1], dtype=np.int64), np.array(edges[1:], dtype=np.int64)
-        self._domains[np.random.default_rng([seed, 2]).integers(low, high)] = ORIGINAL
-        self._rows, self._passes = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+        self.domains[np.random.default_rng([seed, 2]).integers(low, high)] = ORIGINAL
+        self.rows, self._passes = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
         for domain, count in counts.items():
-            here, available = self._domains == domain, len(self._sources[domain])
-            self._rows[here] = _order(count, available, seed, domain)
+            here, available = self.domains == domain, len(self._sources[domain])
+            self.rows[here] = _order(count, available, seed, domain)
             self._passes[here] = np.arange(count) // max(1, available)
 
     def __len__(self) -> int:
-        return len(self._domains)
+        return len(self.domains)
 
     def place(self, index: int) -> tuple[int, int, int]:
         """Of a sequence of the run: its domain, its row there, and how often all rows came before it."""
-        domain = int(self._domains[index])
-        return domain, int(self._rows[index]), int(self._passes[index])
+        domain = int(self.domains[index])
+        return domain, int(self.rows[index]), int(self._passes[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         domain, number, _ = self.place(index)
@@ -101,6 +117,17 @@ class DomainMix(Dataset):
                 allowed="columns such as input_ids, attention_mask, labels; none called domain",
             )
         return {**row, "domain": domain}
+
+
+def _check_rows(rows: object, name: str) -> None:
+    if rows is not None and not hasattr(type(rows), "__len__"):
+        raise DataError(
+            f"the rows of the {name} domain cannot be counted and asked for by number, as a mix does",
+            found=type(rows).__name__,
+            allowed="a datasets.Dataset, a list",
+            fix=f"list({name}.take(10_000)), or a share that holds in the mean only: datasets.interleave_datasets(["
+            "original.map(lambda row: {'domain': 0}), new.map(lambda row: {'domain': 1})], probabilities=[0.1, 0.9])",
+        )
 
 
 def _order(count: int, available: int, seed: int, domain: int) -> np.ndarray:
