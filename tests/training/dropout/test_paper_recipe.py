@@ -9,6 +9,7 @@ from lms import save_language_model
 from small import classification_rows, small_recipe, write_rows
 
 from graftlm.run import run_recipe
+from graftlm.study.plan import load_study
 
 PAPER = Path(__file__).parents[3] / "benchmarks" / "guided_dropout" / "paper.yaml"
 
@@ -46,3 +47,14 @@ def test_the_paper_recipe_runs(tmp_path):
     schedule = written["schedule"]
     assert (schedule["name"], schedule["linear_in"]) == ("guided", "rank")
     assert (schedule["upper"], schedule["lower"], schedule["mean"]) == (0.1, 0.0, None)
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason="the benchmarks are not part of this copy")
+def test_the_papers_study_has_its_controls_and_takes_another_task():
+    other = ("data.train.config=cola", "data.test.eng.config=cola", "data.text=sentence", "data.text_b=null")
+    study = load_study(PAPER.with_name("paper-study.yaml"), (*other, 'data.train.split="train[:50%]"'))
+    recipes = {study.variants[run.variant].name: study.recipe_of(run) for run in study.scored()}
+    assert [one.dropout and one.dropout.schedule for one in recipes.values()] == ["guided", "shuffled", "uniform", None]
+    assert len(study.scored()) == 4 * 5
+    for recipe in recipes.values():
+        assert (recipe.data.text, recipe.data.text_b, recipe.data.train.split) == ("sentence", None, "train[:50%]")
