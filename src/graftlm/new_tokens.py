@@ -171,7 +171,7 @@ def extend_model(model: Any, pieces: dict[int, list[int]]) -> dict[str, list[int
         model.resize_token_embeddings(size, mean_resizing=False)
     source, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is None or output.weight is source.weight
-    parts: list[nn.Module] = [source] if tied else [source, output]
+    parts: list[Any] = [source] if tied else [source, output]
     for part in parts:
         for row, old in pieces.items():
             part.weight[row] = part.weight[old].mean(0)

@@ -144,9 +144,9 @@ class FlareCollator:
         return torch.tensor([row + [-100] * (length - len(row)) for row in rows])
 
     def _labels(self, rows: Sequence[Mapping[str, Any]], mask: Tensor) -> Tensor:
-        labels = [row.get(str(self.labels)) for row in rows]
+        labels: list[Any] = [row.get(str(self.labels)) for row in rows]
         labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-        lists = [[label] if isinstance(label, Real) else label for label in labels]
+        lists: list[Any] = [[label] if isinstance(label, Real) else label for label in labels]
         for number, (row, numbers) in enumerate(zip(rows, lists, strict=True)):
             if isinstance(numbers, str) or not numbers or not all(isinstance(each, Real) for each in numbers):
                 raise DataError(

@@ -105,7 +105,7 @@ class PenaltyLog(TrainerCallback):
             return
         self._share_named = True
         found, meant = self._all[0] / self._all[1], _meant(model)
-        if not found:
+        if not found or meant is None:  # where it is above 0, one is meant
             problem = "no token of the original domain has come yet, so that the penalty holds nothing back"
             fix = "Mix sequences of it in (graftlm.training.mixing.DomainMix, share=0.1), or set penalty_weight=0."
         else:

@@ -77,8 +77,9 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Any, str, nn.ModuleDict]]:
                 yield path, wrapper, name, slot
 
 
-def _chosen(wrapper: Any, adapter: str | None) -> str | None:
-    return adapter or (wrapper.active_adapters[-1] if wrapper.active_adapters else None)
+def _chosen(wrapper: Any, adapter: str | None) -> str:
+    """The adapter that is asked for, or the one on top; "" where none is active, which no slot has."""
+    return adapter or (wrapper.active_adapters[-1] if wrapper.active_adapters else "")
 
 
 def _not_measured(found: str) -> ModelError:

@@ -52,7 +52,7 @@ class Applied:
 
 
 def set_rates(
-    backbone: nn.Module,
+    backbone: Any,
     blocks: Sequence[Block],
     scores: Sequence[float],
     rates: Mapping[str, float],
