@@ -65,7 +65,7 @@ def interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, f
 def table(rows: Sequence[dict]) -> str:
     """Forgetting in bits per byte and KL at equal learning, and the differences over seeds, as Markdown."""
     out = []
-    for language in dict.fromkeys(row["language"] for row in rows):
+    for language in dict.fromkeys(row["language"] for row in rows if row["stage"] == "sweep"):
         for level in (PRIMARY, BELOW):
             goal = equal_learning(rows, language, level)
             share = "" if level == PRIMARY else f" ({level:.0%} of it)"
@@ -77,7 +77,17 @@ def table(rows: Sequence[dict]) -> str:
                 out.append(f"| {method} | " + " | ".join(f"{cell:+.4f}" for cell in cells) + " |")
             out += ["", *differences(rows, language, level)]
         out += explored(rows, language) + again(rows, language)
-    return "\n".join(out)
+    return "\n".join(out + more(rows))
+
+
+def more(rows: Sequence[dict]) -> list[str]:
+    """One run a method in languages that have no sweep."""
+    found = [row for row in rows if row["stage"] == "more"]
+    out = ["", "| language | method | setting | learned | forgot | on wiki | KL |", "|" + " --- |" * 7] if found else []
+    for row in sorted(found, key=lambda row: (row["language"], METHODS.index(row["method"]))):
+        cells = [f"{row[key]:+.4f}" for key in ("learned", *MEASURED)]
+        out.append(f"| {row['language']} | {row['method']} | {row['setting']} | " + " | ".join(cells) + " |")
+    return out
 
 
 def explored(rows: Sequence[dict], language: str) -> list[str]:

@@ -37,6 +37,8 @@ from english import english_text, read_rows
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 LANGUAGES = {"dan": "adl_dan", "fra": "eltec_fra"}
+MORE = {"deu": "eltec_deu", "ces": "eltec_ces", "por": "eltec_por"}  # exploratory, at settings that the others chose
+MORE_SETTINGS = {"neutral": "lr 0.01, alpha 10", "vanilla": "lr 0.00453418"}
 RATES, SETTINGS = (3e-3, 1e-2), 10  # ours: rates × alphas; as many rates for vanilla adapter and LoRA
 FULL_SETTINGS = 5  # of the anchor, which has no seeds
 ADAPTER_RATES, FULL_RATES = (1e-3, 3e-2), (1e-4, 3e-3)  # from, to
@@ -57,7 +59,7 @@ EXPLORED = {  # label → overrides, on each of the two settings that the seeds 
 AGAIN = ("He initialisation", "lr 0.01, alpha 10", "adapter.initialisation=he adapter.penalty_weight=10")
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 LENGTH = 256
-STAGES = ("text", "sweep", "seeds", "below", "exploratory", "again")
+STAGES = ("text", "sweep", "seeds", "below", "exploratory", "again", "more")
 
 
 def write(name: str, texts: list[str]) -> None:
@@ -72,7 +74,7 @@ def text_of(data: Path) -> None:
     write("test.eng", english.held_out[:400])  # of the backbone's own domain, in no replay and not pretrained on
     write("replay.eng", rng.sample(english.novels, 300))
     write("test.wiki", [row["text"] for row in read_rows(data / "raw_text/wikitext2_eval/test.jsonl.gz")][:60])
-    for language, name in LANGUAGES.items():
+    for language, name in (LANGUAGES | MORE).items():
         for split, count in (("train", 500), ("test", 40)):
             texts = [row["text"] for row in read_rows(data / f"raw_text/{name}/{split}.jsonl.gz")]
             write(f"{split}.{language}", rng.sample(texts, count))
@@ -143,6 +145,12 @@ def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[Job]:
     if stage == "sweep":
         for method, settings in found.items():
             yield from (Job(stage, language, method, label, overrides, SWEEP_SEED) for label, overrides in settings)
+        return
+    if stage == "more":
+        for method, settings in found.items():
+            for label, overrides in settings:
+                if label == MORE_SETTINGS.get(method):
+                    yield Job(stage, language, method, label, overrides, SWEEP_SEED)
         return
     keep = {method: chosen(rows, language, method, BELOW if stage == "below" else PRIMARY) for method in found}
     if stage == "exploratory":
@@ -228,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[])
-    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES))
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES | MORE, default=list(LANGUAGES))
     parser.add_argument("--set", nargs="+", default=[], help="training.precision=float32 on a processor without bf16")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
