@@ -25,7 +25,8 @@ from graftlm.mixed_text import mixed
 from graftlm.new_tokens import extend_tokenizer
 from graftlm.parallel import load_pairs
 from graftlm.raw_text import Blocks, EpochOfBlocks, held_out, training_text
-from graftlm.recipe import LANGUAGE_MODELLING, MOST_TEXTS, Recipe, Source
+from graftlm.recipe import LANGUAGE_MODELLING, Recipe, Source
+from graftlm.recipe_dropout import MOST_TEXTS
 from graftlm.tasks import Encoded, Task, task_for
 from graftlm.trainer import make_trainer
 from graftlm.training.callback import ScheduledUnfreezing
