@@ -5,7 +5,8 @@ from typing import NamedTuple
 CANDIDATES = ("sst2", "trec", "subj", "cola", "ag_news", "sib200")
 RATES = (1.5e-4, 5e-4)
 PRIMARY, SECONDARY, EXPLORATORY = ("guided", "shuffled"), ("usual", "uniform", "none"), ("reversed", "type")
-SEEDS = range(10)
+SEEDS, EXPLORATORY_SEEDS = 10, 5
+TOGETHER = (("primary", "secondary"), ("all rows",), ("exploratory",), ("longer",))  # stages whose runs are compared
 ON_DEV = ("select", "tune", "pilot")
 
 
@@ -16,7 +17,7 @@ class Amount(NamedTuple):
     epochs: int = 3
 
 
-SHORT = Amount()
+SHORT, ALL = Amount(), Amount(share=1.0)
 
 
 class Job(NamedTuple):

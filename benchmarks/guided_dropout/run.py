@@ -1,6 +1,6 @@
 """Guided dropout against the same rates shuffled, and against other controls, on the starter encoder.
 
-    python run.py --data DATA [--stages primary secondary exploratory pilot longer] [--rows FILE]
+    python run.py --data DATA [--stages primary secondary all-rows exploratory pilot longer] [--rows FILE]
     python run.py --table
     python run.py --data DATA --check-rates 2000       are the rates those of many more texts?
 
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 import transformers
 from plan import (
+    ALL,
     CANDIDATES,
     ENOUGH,
     EXPLORATORY,
+    EXPLORATORY_SEEDS,
     LONGER,
     ON_DEV,
     PILOT_SEEDS,
@@ -178,7 +180,7 @@ class Runs:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], job.lr, weight_decay=0.01
+            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], job.lr, weight_decay=0.01, fused=True
         )
         steps = job.amount.epochs * -(-len(train) // BATCH)
         schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -230,10 +232,17 @@ class Runs:
         return max(RATES, key=means.__getitem__)
 
     def grid(
-        self, stage: str, arms: tuple[str, ...], rates: dict[str, float], tasks: list[str], amount: Amount = SHORT
+        self,
+        stage: str,
+        arms: tuple[str, ...],
+        rates: dict[str, float],
+        tasks: list[str],
+        seeds: int,
+        amount: Amount = SHORT,
     ) -> None:
         """Seed by seed, so that what is done at any moment is balanced."""
-        self.all([Job(stage, task, arm, rates[arm], seed, amount) for seed in SEEDS for task in tasks for arm in arms])
+        runs = [(seed, task, arm) for seed in range(seeds) for task in tasks for arm in arms]
+        self.all([Job(stage, task, arm, rates[arm], seed, amount) for seed, task, arm in runs])
 
     def longer(self, tasks: list[str], lr: float) -> Amount | None:
         """Where dropout at the usual rates is worth most on dev, against none; None where it is worth nothing."""
@@ -275,7 +284,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
-    parser.add_argument("--stages", nargs="+", default=["primary", "secondary", "exploratory"])
+    stages = ["primary", "secondary", "all-rows", "exploratory", "pilot", "longer"]
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages[:4])
+    parser.add_argument("--seeds", type=int, help=f"{SEEDS}, and {EXPLORATORY_SEEDS} of the exploratory stage")
     parser.add_argument("--model", default=STARTER, help="another encoder with a masked-LM head, see minilm.py")
     parser.add_argument("--rate", type=float, help="a learning rate that is not tuned, for --tasks")
     parser.add_argument("--tasks", nargs="+", choices=CANDIDATES, default=["ag_news", "subj", "trec"])
@@ -304,17 +315,19 @@ def main() -> None:
         rates = {arm: runs.tuned(arm, tasks) for arm in PRIMARY}
     print(f"tasks {tasks}, learning rates {rates}")
     rates |= dict.fromkeys((*SECONDARY, *EXPLORATORY), rates["guided"])
+    seeds = arguments.seeds or SEEDS
     if "primary" in arguments.stages:
-        runs.grid("primary", PRIMARY, rates, tasks)
+        runs.grid("primary", PRIMARY, rates, tasks, seeds)
     if "secondary" in arguments.stages:
-        runs.grid("secondary", SECONDARY, rates, tasks)
-    if "exploratory" in arguments.stages:
-        runs.grid("exploratory", EXPLORATORY, rates, tasks)
-        runs.grid("exploratory", PRIMARY, rates, tasks, Amount(share=1.0))
+        runs.grid("secondary", SECONDARY, rates, tasks, seeds)
+    if "all-rows" in arguments.stages:
+        runs.grid("all rows", PRIMARY, rates, tasks, seeds, ALL)
+    if "exploratory" in arguments.stages:  # guided once more, so that all of them ran on one machine
+        runs.grid("exploratory", ("guided", *EXPLORATORY), rates, tasks, arguments.seeds or EXPLORATORY_SEEDS)
     if {"pilot", "longer"} & set(arguments.stages):
         amount = runs.longer(tasks, rates["guided"])
         if amount and "longer" in arguments.stages:
-            runs.grid("longer", PRIMARY, rates, tasks, amount)
+            runs.grid("longer", PRIMARY, rates, tasks, seeds, amount)
 
 
 if __name__ == "__main__":
