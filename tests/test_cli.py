@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+import torch
 from small import small_folder
 from typer.testing import CliRunner
 
+import graftlm.check
 import graftlm.cli
 from graftlm.cli import app, main
 from graftlm.recipe import shipped
@@ -102,6 +104,29 @@ def test_evaluate_and_report(made, cli, monkeypatch):
     status, out, _ = cli("report", "runs/small")
     assert (status, out.strip()) == (0, "runs/small/report.html")
     assert (folder / "runs/small/report.html").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("factor", [8.0, 1.2])
+def test_check_says_where_half_precision_is_slow(cli, tmp_path, monkeypatch, precision, factor):
+    monkeypatch.chdir(small_folder(tmp_path, train=16))
+    monkeypatch.setattr(graftlm.check, "_times_float32", lambda dtype: factor)
+    status, out, err = cli(
+        "check", "recipe.yaml", f"training.precision={precision}", "training.arguments={use_cpu: true}", "--json"
+    )
+    assert status == 0, err
+    advice = json.loads(out)["advice"]
+    if precision == "bf16" and factor == 8:
+        assert advice == [
+            "on this processor a product of matrices takes 8 times as long in bf16 as in float32: "
+            "training.precision=float32"
+        ]
+    else:
+        assert not advice
+
+
+def test_products_are_timed():
+    assert 0.2 < graftlm.check._times_float32(torch.float32) < 5
 
 
 def test_check_shows_everything_and_writes_nothing(cli, tmp_path, monkeypatch):

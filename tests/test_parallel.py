@@ -215,6 +215,8 @@ def test_check_shows_both_texts(folder):
     first = rows(folder, "train")[0]
     assert first["text"] in found.example and first["english"] in found.example
     assert found.targets == ("query", "value")
+    everywhere = check(of(folder, "name=checked", "adapter.target_modules=all-linear")).targets
+    assert {name.rpartition(".")[2] for name in everywhere} == {"query", "key", "value", "dense"}
 
 
 def test_a_merged_run_is_the_start_of_another(tmp_path, capsys):

@@ -1,11 +1,15 @@
 """The models of runs: in which precision they are read, what is new in them, and what is refused before training."""
 
 import json
+import re
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from small import by_hand, predicted, read_rows, run, small_folder, small_recipe
+from tiny import ARCHITECTURES
+from transformers.pytorch_utils import Conv1D
 
 from graftlm.data import load_split
 from graftlm.errors import ModelError, RecipeError
@@ -62,6 +66,21 @@ def test_the_starter_model_takes_an_adapter(tmp_path):
     assert loaded.targets == ("query", "value")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_linear_is_every_linear_module_of_every_layer(architecture, tmp_path):
+    """And no head, no pooler: what stands in a numbered layer, by name."""
+    recipe = small_recipe(
+        small_folder(tmp_path, train=8, architecture=architecture), "adapter.target_modules=all-linear"
+    )
+    task = task_for(recipe, load_split(recipe, recipe.data.train, "train"))
+    model = load_model(recipe, task, load_tokenizer(recipe)).model.base_model.model
+    linears = torch.nn.Linear | Conv1D | LoraLayer
+    outermost = [name for name, part in model.named_modules() if isinstance(part, linears) and "lora_" not in name]
+    wanted = {name.removesuffix(".base_layer") for name in outermost if re.search(r"\.\d+\.", name)}
+    assert {name for name, part in model.named_modules() if isinstance(part, LoraLayer)} == wanted
+    assert len(wanted) >= 4 * 3
+
+
 @pytest.mark.parametrize(
     ("override", "error", "expected"),
     [
@@ -73,6 +92,7 @@ def test_the_starter_model_takes_an_adapter(tmp_path):
         ("training.arguments={learning_rat: 1}", RecipeError, "did you mean 'learning_rate'"),
         ("training.arguments={num_train_epochs: 1}", RecipeError, "write training.epochs"),
         ("training.arguments={optim: adamw_of_my_own}", RecipeError, "refuses"),
+        ("training.precision=bf16", RecipeError, r"(?s)refuses.*precision=float32, or.*use_cpu: true"),
         (
             "unfreezing={schedule: gradual, every_n_steps: 11}",
             RecipeError,

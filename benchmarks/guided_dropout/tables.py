@@ -42,7 +42,8 @@ def _table(stage: str, rows: list[dict]) -> Iterator[str]:
     [amount] = {Amount(row["share"], row["epochs"]) for row in rows}
     tasks = sorted({row["task"] for row in rows})
     arms = [arm for arm in (*PRIMARY, *SECONDARY, *EXPLORATORY) if outcomes(rows, tasks[0], arm)]
-    yield f"{stage}, {amount.share:.0%} of the rows, {amount.epochs} epochs: accuracy, mean ± standard deviation over seeds"
+    yield f"{stage}, {amount.share:.0%} of the rows, {amount.epochs} epochs"
+    yield "accuracy, mean ± standard deviation over seeds"
     yield "| arm | " + " | ".join(tasks) + " | mean | seeds |"
     yield "| --- |" + " --- |" * (len(tasks) + 2)
     for arm in arms:

@@ -58,8 +58,8 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tupl
 
 
 def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...], rows: Rows) -> Loaded:
-    targets = recipe.adapter.target_modules
-    if targets == "auto":
+    targets = _asked_targets(recipe, model)
+    if targets is None:
         family = model.config.model_type
         if family not in LORA_TARGETS:
             linear = {re.sub(r".*\.", "", name) for name, part in _layer_linears(model)}
@@ -69,8 +69,8 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
                 allowed=sorted(linear),
                 fix=f"adapter.target_modules=[{', '.join(sorted(linear)[:2])}]",
             )
-        targets = tuple(LORA_TARGETS[family])
-    _check_targets(recipe, model, targets)
+        targets = LORA_TARGETS[family]
+        _check_targets(recipe, model, targets)
     # GPT-2's projections are stored transposed; PEFT sets this itself, with a warning
     chosen = [part for name, part in model.named_modules() if name.endswith(tuple(targets))]
     transposed = any(isinstance(part, transformers.pytorch_utils.Conv1D) for part in chosen)
@@ -79,13 +79,14 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
         lora_dropout=recipe.adapter.dropout,
-        target_modules=list(targets),
+        target_modules=targets,
         fan_in_fan_out=transposed,
         # PEFT adds the head by task type; whatever else is fresh would be random again after loading
         modules_to_save=list(fresh) or None,
         trainable_token_indices=rows,
     )
-    return Loaded(peft.get_peft_model(model, config), fresh, targets)
+    adapted = peft.get_peft_model(model, config)
+    return Loaded(adapted, fresh, tuple(sorted(adapted.peft_config["default"].target_modules)))
 
 
 def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
@@ -108,14 +109,12 @@ def _with_bottleneck(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: 
 
 def _with_flare(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> Loaded:
     chosen, encoder = recipe.adapter, source_encoder.load_encoder(recipe)
-    if chosen.target_modules != "auto":
-        _check_targets(recipe, model, chosen.target_modules)
     config = FlareConfig(
         task_type=task.peft_type,
         r=chosen.r,
         lora_alpha=chosen.alpha,
         lora_dropout=chosen.dropout,
-        target_modules=None if chosen.target_modules == "auto" else list(chosen.target_modules),
+        target_modules=_asked_targets(recipe, model),
         fusion=chosen.fusion,
         source_layer=chosen.source_layer,
         align=chosen.align,
@@ -150,6 +149,18 @@ def _with_neutral_residues(
         modules_to_save=list(fresh) or None,
     )
     return Loaded(peft.get_peft_model(model, config), fresh, ())
+
+
+def _asked_targets(recipe: Recipe, model: PreTrainedModel) -> list[str] | None:
+    """The modules that the recipe names; None: the method's own choice."""
+    match recipe.adapter.target_modules:
+        case "auto":
+            return None
+        case "all-linear":  # PEFT's own would take heads too
+            return [name for name, _ in _layer_linears(model)]
+        case names:
+            _check_targets(recipe, model, names)
+            return list(names)
 
 
 def _check_targets(recipe: Recipe, model: PreTrainedModel, targets: Sequence[str]) -> None:

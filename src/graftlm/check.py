@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from graftlm.adapters.flare_places import places_of
 from graftlm.data import Split
@@ -24,6 +25,7 @@ from graftlm.training.unfreezing import plan
 _MB = 1e6
 _FAR = 10.0  # of the penalty's gradient from the loss's
 _MORE = 1.5  # tokens a word for one of the old language's
+_SLOWER = 2.0  # a product of matrices in half precision than in float32
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def check(recipe: Recipe) -> Check:
         size=model.active_peft_config.size if recipe.adapter.method == "neutral_residues" else None,
         penalty=penalty,
         source_cache_bytes=_source_cache_bytes(recipe, prepared) if recipe.adapter.source_cache else None,
-        advice=tuple(_advice(recipe, texts, penalty)),
+        advice=(*_advice(recipe, texts, penalty), *_precision_advice(recipe, next(model.parameters()).device)),
         language_adapters=first,
     )
 
@@ -170,6 +172,25 @@ def _advice(recipe: Recipe, texts: tuple[TextCheck, ...], penalty: PenaltySize |
                 f"{language_name(new.language)} takes {new.tokens_per_word:.2f} tokens a word, the old language "
                 f"{usual:.2f}; tokens of its own: new_tokens=1000"
             )
+
+
+def _precision_advice(recipe: Recipe, device: torch.device) -> Iterator[str]:
+    precision = recipe.training.precision
+    if device.type == "cpu" and precision != "float32":
+        factor = _times_float32(torch.bfloat16 if precision == "bf16" else torch.float16)
+        if factor > _SLOWER:
+            yield (
+                f"on this processor a product of matrices takes {factor:.0f} times as long in {precision} as in "
+                "float32: training.precision=float32"
+            )
+
+
+def _times_float32(dtype: torch.dtype, size: int = 128) -> float:
+    """How many times as long as in float32 a product of matrices takes; far above 1 without the instructions for it."""
+    ones = {kind: torch.ones(size, size, dtype=kind) for kind in (torch.float32, dtype)}
+    timers = {kind: Timer("one @ one", globals={"one": one}) for kind, one in ones.items()}
+    seconds = {kind: timer.blocked_autorange(min_run_time=0.05).median for kind, timer in timers.items()}
+    return seconds[dtype] / seconds[torch.float32]
 
 
 def _source_cache_bytes(recipe: Recipe, prepared: Prepared) -> int:

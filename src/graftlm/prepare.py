@@ -265,8 +265,14 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
     try:
         return TrainingArguments(**values | recipe.training.arguments)
     except (ValueError, TypeError, KeyError) as error:
+        on_cpu = training.precision == "bf16" and not torch.cuda.is_available()
         raise RecipeError(
-            f"transformers refuses the training arguments: {error}", found=recipe.training.arguments
+            f"transformers refuses the training arguments: {error}",
+            found=f"training.precision={training.precision}, {recipe.training.arguments}",
+            fix="training.precision=float32, or, if the processor has bf16 instructions, "
+            "training.arguments={use_cpu: true}"
+            if on_cpu
+            else None,
         ) from error
 
 

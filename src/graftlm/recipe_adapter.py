@@ -122,8 +122,9 @@ class Adapter(Part):
     r: Count = Field(8, description="lora, flare: the rank")
     alpha: Count = Field(16, description="lora, flare: the scaling is alpha / r")
     dropout: Share = 0.0
-    target_modules: Literal["auto"] | tuple[str, ...] = Field(
-        "auto", description="lora, flare; auto: the query and value projections"
+    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = Field(
+        "auto",
+        description="lora, flare; auto: the query and value projections; all-linear: all linear modules of all layers",
     )
     kind: Literal["pfeiffer", "houlsby", "parallel"] = Field("pfeiffer", description="bottleneck: its places")
     reduction_factor: Positive = Field(16.0, description="bottleneck: the model's width divided by the adapter's size")
