@@ -81,12 +81,15 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def more(rows: Sequence[dict]) -> list[str]:
-    """One run a method in languages that have no sweep."""
-    found = [row for row in rows if row["stage"] == "more"]
-    out = ["", "| language | method | setting | learned | forgot | on wiki | KL |", "|" + " --- |" * 7] if found else []
-    for row in sorted(found, key=lambda row: (row["language"], METHODS.index(row["method"]))):
-        cells = [f"{row[key]:+.4f}" for key in ("learned", *MEASURED)]
-        out.append(f"| {row['language']} | {row['method']} | {row['setting']} | " + " | ".join(cells) + " |")
+    """One run a method: in languages that have no sweep, and with four times the tokens."""
+    out = []
+    for stage in ("more", "longer"):
+        found = [row for row in rows if row["stage"] == stage]
+        if found:
+            out += ["", f"| {stage} | method | setting | learned | forgot | on wiki | KL |", "|" + " --- |" * 7]
+        for row in sorted(found, key=lambda row: (row["language"], row["setting"], row["method"])):
+            cells = [f"{row[key]:+.4f}" for key in ("learned", *MEASURED)]
+            out.append(f"| {row['language']} | {row['method']} | {row['setting']} | " + " | ".join(cells) + " |")
     return out
 
 

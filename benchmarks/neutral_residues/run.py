@@ -59,7 +59,8 @@ EXPLORED = {  # label → overrides, on each of the two settings that the seeds 
 AGAIN = ("He initialisation", "lr 0.01, alpha 10", "adapter.initialisation=he adapter.penalty_weight=10")
 SWEEP_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 LENGTH = 256
-STAGES = ("text", "sweep", "seeds", "below", "exploratory", "again", "more")
+LONGER = "training.max_steps=160"  # four times the tokens
+STAGES = ("text", "sweep", "seeds", "below", "exploratory", "again", "more", "longer")
 
 
 def write(name: str, texts: list[str]) -> None:
@@ -146,11 +147,16 @@ def jobs(stage: str, language: str, rows: list[dict]) -> Iterator[Job]:
         for method, settings in found.items():
             yield from (Job(stage, language, method, label, overrides, SWEEP_SEED) for label, overrides in settings)
         return
-    if stage == "more":
-        for method, settings in found.items():
-            for label, overrides in settings:
-                if label == MORE_SETTINGS.get(method):
-                    yield Job(stage, language, method, label, overrides, SWEEP_SEED)
+    if stage in ("more", "longer"):
+        method, label, overrides = AGAIN
+        single = [(method, label, f"{overrides} training.learning_rate=0.01")]
+        single += [
+            (m, label, o) for m, settings in found.items() for label, o in settings if label == MORE_SETTINGS.get(m)
+        ]
+        for method, label, overrides in single:
+            divided = "|" if "|" in overrides else " "
+            steps = divided + LONGER if stage == "longer" else ""
+            yield Job(stage, language, method, label, overrides + steps, SWEEP_SEED)
         return
     keep = {method: chosen(rows, language, method, BELOW if stage == "below" else PRIMARY) for method in found}
     if stage == "exploratory":

@@ -1,5 +1,9 @@
-"""The text that the starter encoder is trained on: chosen, checked against the evaluation sets, and counted."""
+"""The text that the starter encoder is trained on: chosen, checked against the evaluation sets, and counted.
 
+python corpus.py --data DATA          counts, and that nothing of it stands in sib200 or in the shipped messages
+"""
+
+import argparse
 import gzip
 import json
 import random
@@ -9,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graftlm.evaluation.leakage import EvaluationIndex
+from graftlm.evaluation.leakage import EvaluationIndex, find_overlap
+from graftlm.starter import starter_path
 
 LANGUAGES = ("deu", "fra", "spa", "por", "ces")
 RELATED = ("cat", "nld", "pol", "ron", "slk")
@@ -161,3 +166,22 @@ def select_corpus(data: Path, seed: int = 0) -> Corpus:
         if not overlaps:
             corpus.english.append(text)
     return corpus
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    data = parser.parse_args().data
+    corpus = select_corpus(data)
+    print("kept", dict(corpus.kept), "dropped", dict(corpus.dropped))
+    tested = [row["text"] for path in data.glob("multilingual/sib200_topic/*.gz") for row in read_rows(path)]
+    for path in sorted(starter_path("messages").glob("test.*.jsonl")):
+        tested += [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    overlap = find_overlap(corpus.texts(), tested)
+    print(f"{len(overlap)} of {overlap.n_training} training texts overlap {overlap.n_evaluation} evaluation texts")
+    if len(overlap):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
