@@ -44,8 +44,9 @@ demo: $(VENV)/.run
 	$(BIN)/graftlm demo
 	@echo 'The report: $(CURDIR)/runs/demo/report.html'
 
+# worksteal keeps the order: the tests of a file share their fixtures
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: lint types imports test docs wheel
 

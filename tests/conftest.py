@@ -5,11 +5,13 @@ Set up on import and in `pytest_configure`, not in fixtures, so that the doctest
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
 import tempfile
 
+import jinja2
 import pytest
 from jaxtyping import install_import_hook
 
@@ -59,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     for name in ("connect", "connect_ex"):
         patch.setattr(socket.socket, name, _refuse_beyond_loopback(getattr(socket.socket, name)))
+    # PEFT writes a model card with each checkpoint, from a template that is compiled anew each time: 0.2 s of it
+    patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
     config.add_cleanup(patch.undo)
     config.add_cleanup(lambda: shutil.rmtree(_HF_HOME, ignore_errors=True))
     if "PYTEST_XDIST_WORKER" in os.environ:

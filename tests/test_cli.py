@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -59,18 +58,6 @@ def test_help_names_the_verbs_without_loading_the_libraries():
     assert done.stdout.rstrip().endswith("[]"), "nothing heavy is imported"
     for verb in ("demo", "check", "train", "evaluate", "report", "recipes"):
         assert verb in done.stdout
-
-
-def test_help_answers_within_a_second_of_work():
-    """Of processor time: the machine that runs the tests may be busy with other things."""
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "graftlm", "--help"], capture_output=True, check=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert min(seconds, time.perf_counter() - began) < 1
 
 
 def test_train_prints_json_and_nothing_else_on_standard_output(made):

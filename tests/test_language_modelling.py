@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lms import lm
+from processes import group
 from raw import byte_tokenizer, chain, raw_folder, raw_recipe
 from safetensors.torch import load_file
 from small import read_rows, run, save_model, write_rows
@@ -260,8 +259,6 @@ def test_check_counts_hidden_tokens_too(tmp_path):
 
 def test_two_processes_read_one_stream(tmp_path):
     """Batches of the same blocks as one process with twice the batch sees, in float32: the same to rounding."""
-    import os
-
     folder = raw_folder(tmp_path, "masked_lm", "bert", dropout=0.0)
     settings = [
         "data.dev=null",
@@ -269,19 +266,9 @@ def test_two_processes_read_one_stream(tmp_path):
         "training.arguments={optim: sgd}",
         "training.learning_rate=0.5",
     ]
-    launch = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "graftlm", "train"]
-    done = subprocess.run(
-        [*command, "recipe.yaml", "training.batch_size=4", *settings],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ("-m", "graftlm", "train", "recipe.yaml", "training.batch_size=4", *settings)
+    for done in group(*command, folder=folder, processes=2):
+        assert done.returncode == 0, done.stderr[-3000:]
     alone = raw_recipe(
         folder, "name=alone", "training.batch_size=4", "training.gradient_accumulation_steps=2", *settings
     )

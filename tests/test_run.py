@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from processes import python
 from sklearn.metrics import accuracy_score, f1_score
 from small import by_hand, classification_rows, predicted, read_rows, run, small_folder, small_recipe, write_rows
 from tiny import tiny_model, tiny_tokenizer
@@ -208,17 +209,13 @@ def test_ctrl_c_and_the_same_command_again_give_the_same_bits(made, tmp_path):
     """A real SIGINT in a real process between two of FUN's choices, then the command a user types again."""
     folder = small_folder(tmp_path)
     command = ["train", "recipe.yaml", FISHER, "data.id=id"]
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOP_AT, *command], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    stopped = python("-c", STOP_AT, *command, folder=folder)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped at step 6 of 32" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert (folder / "runs/small/checkpoints/checkpoint-6").is_dir()
 
-    again = subprocess.run(
-        [sys.executable, "-m", "graftlm", *command], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    again = python("-m", "graftlm", *command, folder=folder)
     assert again.returncode == 0, again.stderr
     assert "going on from step 6 of 32" in again.stderr
     assert "32/32" in again.stderr, "a progress bar"

@@ -50,7 +50,7 @@ expected = torch.load(folder + "/expected.pt", weights_only=True)
 base = AutoModelForSequenceClassification.from_pretrained(folder + "/base")
 model = peft.PeftModel.from_pretrained(base, folder + "/adapter").eval()
 torch.testing.assert_close(model(**expected["batch"]).logits, expected["logits"])
-print(model.peft_type.name)
+print(model.peft_type.name, *graftlm.trainable_layers(base).names, graftlm.ScheduledUnfreezing.__name__)
 """
 UNPICKLE = """
 import pickle, sys
@@ -64,7 +64,7 @@ print(type(config).__module__, config.bottleneck_size, len(peft.PeftType))
 
 @pytest.mark.parametrize("imports", ["import graftlm, peft", "import peft, graftlm"])
 def test_from_pretrained_works_after_a_bare_import_in_either_order(saved, imports):
-    assert run(imports + LOAD, saved) == "BOTTLENECK"
+    assert run(imports + LOAD, saved) == "BOTTLENECK ScheduledUnfreezing"
 
 
 def test_unpickling_a_configuration_imports_what_it_needs(saved):

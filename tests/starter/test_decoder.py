@@ -57,8 +57,14 @@ def test_english_is_far_better_than_french_and_than_its_words_in_another_order(m
 
 
 def test_the_offline_recipe_teaches_it_french(tmp_path):
-    settings = ["training.max_steps=15", f"output.folder={tmp_path}"]
+    recipe = load_recipe(shipped()["new-language"])
+    settings = ["training.max_steps=10", f"output.folder={tmp_path}"]
+    for language, source in recipe.data.test.items():  # a part of the test text, which takes longer than ten steps
+        lines = starter_path(source.path.removeprefix("starter:")).read_text(encoding="utf-8").splitlines(keepends=True)
+        part = tmp_path / f"{language}.jsonl"
+        part.write_text("".join(lines[:25]), encoding="utf-8")
+        settings.append(f"data.test.{language}={part}")
     result = run_recipe(load_recipe(shipped()["new-language"], settings), progress=False)
     change = {score.language: score.change for score in result.scores}
-    assert change["fra"].low > 0.3, "bits per byte, of 15 of 189 steps"
+    assert change["fra"].low > 0.2, "bits per byte, of 10 of 189 steps"
     assert abs(change["eng"].value) < change["fra"].value

@@ -1,15 +1,12 @@
 """Studies of tiny real runs: nothing twice, nothing lost, what fails is kept and the rest goes on."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import Started
 from small import small_folder, small_recipe
 
 from graftlm.errors import DataError, RecipeError
@@ -116,8 +113,7 @@ def command(folder, root):
         "if __name__ == '__main__':\n"
         "    execute(study_in(Path(sys.argv[1]), Path(sys.argv[2]), seeds=3))\n"
     )
-    arguments = [sys.executable, "-c", code, str(folder), str(root), str(Path(__file__).parents[1])]
-    return subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
+    return Started("-c", code, str(folder), str(root), str(Path(__file__).parents[1]), folder=root)
 
 
 def test_two_processes_divide_the_runs_and_a_killed_one_loses_nothing(folder, tmp_path):
@@ -126,11 +122,11 @@ def test_two_processes_divide_the_runs_and_a_killed_one_loses_nothing(folder, tm
     claims = study.folder / "claims"
     deadline = time.monotonic() + 400
     while len(list(claims.glob("*.1"))) < 2:  # both are in the middle of a run
-        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+        assert time.monotonic() < deadline and first.process.is_alive() and second.process.is_alive()
         time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    second.wait()
+    first.process.kill()
+    first.finish()
+    second.finish()
     execute(study)  # whoever comes later does what the killed one had begun
     made = summarise(study)
     assert made.runs_finished == 6 and not made.failures

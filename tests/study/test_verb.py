@@ -1,10 +1,9 @@
 """`graftlm compare` as it is typed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import python
 from small import small_folder
 
 
@@ -19,8 +18,7 @@ VARY = ("--vary", "unfreezing.schedule=standard,gradual")
 
 
 def graftlm(folder, *arguments):
-    command = [sys.executable, "-m", "graftlm", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    return python("-m", "graftlm", *arguments, folder=folder)
 
 
 def test_lines_while_it_runs_and_tables_at_the_end(made):

@@ -1,5 +1,6 @@
 """`report.html`: one file, no network, that answers a person's questions about a run in the order they come up."""
 
+import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+@functools.cache  # and with it the compiled templates
 def environment() -> jinja2.Environment:
     """Templates in which all text is escaped and control characters are shown."""
     environment = jinja2.Environment(
