@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class Started:
         self.process.kill()  # nothing where it has ended
         self.process.join()
         out, err = ((self._said / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        shutil.rmtree(self._said)
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode or 0, out, err)
 
 

