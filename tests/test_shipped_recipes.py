@@ -106,7 +106,7 @@ def test_each_shipped_recipe_runs(name, tmp_path):
         "training.max_length=24",
         "training.stride=6",
         "training.batch_size=8",
-        "training.epochs=3" if starter else "training.epochs=5",
+        "training.epochs=3",
         "training.learning_rate=1e-2" if starter else "training.learning_rate=3e-2",
         *(["adapter.language_training={training.max_steps: 1, training.max_length: 24}"] if languages else []),
     )
