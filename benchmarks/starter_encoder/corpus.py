@@ -1,6 +1,8 @@
 """The text that the starter encoder is trained on: chosen, checked against the evaluation sets, and counted.
 
-python corpus.py --data DATA          counts, and that nothing of it stands in sib200 or in the shipped messages
+    python corpus.py --data DATA
+
+prints the counts, and that nothing of it stands in sib200 or in the shipped messages.
 """
 
 import argparse

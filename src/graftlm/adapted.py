@@ -69,7 +69,7 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel, task: Task, fresh: tuple[
                 allowed=sorted(linear),
                 fix=f"adapter.target_modules=[{', '.join(sorted(linear)[:2])}]",
             )
-        targets = LORA_TARGETS[family]
+        targets = list(LORA_TARGETS[family])
         _check_targets(recipe, model, targets)
     # GPT-2's projections are stored transposed; PEFT sets this itself, with a warning
     chosen = [part for name, part in model.named_modules() if name.endswith(tuple(targets))]

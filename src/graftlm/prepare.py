@@ -226,8 +226,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
     training, has_dev = recipe.training, recipe.data.dev is not None
     _check_arguments(recipe)
     _check_trackers(recipe)
-    strategy = "steps" if training.eval_steps else "epoch"
-    warmup = training.warmup_steps
+    strategy, warmup = "steps" if training.eval_steps else "epoch", training.warmup_steps
     values: dict[str, Any] = {
         "output_dir": str(folder / CHECKPOINTS),
         "per_device_train_batch_size": training.batch_size,
@@ -265,14 +264,12 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool) -> Train
     try:
         return TrainingArguments(**values | recipe.training.arguments)
     except (ValueError, TypeError, KeyError) as error:
-        on_cpu = training.precision == "bf16" and not torch.cuda.is_available()
+        no_gpu = training.precision == "bf16" and not (training.arguments.get("use_cpu") or torch.cuda.is_available())
+        fix = "training.precision=float32, or, if the processor has bf16, training.arguments={use_cpu: true}"
         raise RecipeError(
             f"transformers refuses the training arguments: {error}",
-            found=f"training.precision={training.precision}, {recipe.training.arguments}",
-            fix="training.precision=float32, or, if the processor has bf16 instructions, "
-            "training.arguments={use_cpu: true}"
-            if on_cpu
-            else None,
+            found=f"precision: {training.precision}, arguments: {training.arguments}",
+            fix=fix if no_gpu else None,
         ) from error
 
 

@@ -66,5 +66,5 @@ def test_the_offline_recipe_teaches_it_french(tmp_path):
         settings.append(f"data.test.{language}={part}")
     result = run_recipe(load_recipe(shipped()["new-language"], settings), progress=False)
     change = {score.language: score.change for score in result.scores}
-    assert change["fra"].low > 0.2, "bits per byte, of 10 of 189 steps"
+    assert change["fra"].low > 0.3, "bits per byte, of 10 of 189 steps"
     assert abs(change["eng"].value) < change["fra"].value
